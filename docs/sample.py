@@ -1,0 +1,41 @@
+"""The sample photograph of `make edit`, and the before/after picture.
+
+python docs/sample.py photo out/sample.jpg
+python docs/sample.py compare BEFORE AFTER OUT
+
+The photograph (a cup of coffee, Rachel Michetti, public domain) comes with scikit-image.
+"""
+
+import sys
+from pathlib import Path
+
+import skimage.data
+from PIL import Image, ImageOps
+
+SIZE = (1200, 800)
+GAP = 12
+
+
+def photo(output: Path) -> None:
+    """Write the sample photograph, 1200 x 800."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    ImageOps.fit(Image.fromarray(skimage.data.coffee()), SIZE, Image.Resampling.LANCZOS).save(output, quality=95)
+
+
+def compare(before: Path, after: Path, output: Path) -> None:
+    """Write two pictures of one size side by side, each half as wide as the sample."""
+    pictures = [ImageOps.contain(Image.open(path).convert("RGB"), (SIZE[0] // 2, SIZE[1])) for path in (before, after)]
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (2 * width + GAP, height), "white")
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index * (width + GAP), 0))
+    sheet.save(output, quality=92)
+    sys.stdout.write(f"before and after: {output}\n")
+
+
+if __name__ == "__main__":
+    command, *paths = sys.argv[1:] or [""]
+    commands = {("photo", 1): photo, ("compare", 3): compare}
+    if (command, len(paths)) not in commands:
+        sys.exit(__doc__)
+    commands[command, len(paths)](*map(Path, paths))

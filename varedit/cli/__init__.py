@@ -1,0 +1,67 @@
+"""The `varedit` command. Commands import what they need when they run: `varedit --help` loads neither PyTorch nor
+diffusers.
+
+Exit codes: 0 done, 1 our fault, 2 bad input (one line on stderr: the value and the fix), 130 interrupted.
+"""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from varedit import __version__
+from varedit.cli import convert, data, doctor, edit
+
+app = typer.Typer(
+    name="varedit",
+    help="Edit images by instructions, with next-scale prediction.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(edit.edit)
+app.command()(convert.convert)
+app.add_typer(data.app, name="data")
+app.command()(doctor.doctor)
+
+# What the command line parser raises on unknown options, missing arguments and values of the wrong type.
+_UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"varedit {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit. `arguments` default to the process's own."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logging.getLogger("varedit").handlers = [handler]
+    try:
+        code = app(args=arguments, prog_name="varedit", standalone_mode=False)
+    except _UsageError as error:
+        code = _fail(f"{error.format_message().rstrip('.')}; see varedit --help")  # type: ignore[attr-defined]
+    except ValueError as error:  # the public edge of the package: the value and the fix, in one line
+        code = _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        sys.stderr.write("interrupted\n")
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 2

@@ -1,0 +1,1 @@
+"""Pairs: source, target and instruction, from many places in one form."""

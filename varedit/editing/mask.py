@@ -1,0 +1,210 @@
+"""Masks: where an edit may change the picture, in pixels and in bits.
+
+A mask is a Pillow image of mode L and of the input's size: 255 = edit here, 0 = leave alone, between = soft edge.
+`image_mask`, `box_mask` and `polygon_mask` make one; `model_mask` brings it to the model's pixels, `token_coverage` to
+the grid of a scale, and `lock_bits` forces the source's bits outside.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from torch import Tensor
+
+from varedit import quantizer
+from varedit.image_processor import ImageInput, Prepared, load_image
+from varedit.scales import ScaleSchedule
+
+Convention = Literal["white", "transparent"]
+
+MAX_ASPECT_ERROR = 0.01
+"""A mask's aspect ratio may differ from the image's by this share; rounding to whole pixels needs some."""
+
+SELECTED = 128
+"""A mask selects something when a pixel reaches this level: below it the input outweighs the edit everywhere."""
+
+
+# ---------------------------------------------------------------- making
+
+
+def image_mask(mask: ImageInput, size: tuple[int, int], convention: Convention = "white") -> Image.Image:
+    """A mask from an image of any size and the same aspect ratio.
+
+    Args:
+        mask: anything `load_image` takes, or a bool array (H, W).
+        size: (width, height) of the image to be edited.
+        convention: "white": white pixels are edited, and so are none under full transparency. "transparent" (that of
+            the OpenAI API): transparent pixels are edited, the colours do not matter.
+
+    Raises:
+        ValueError: unreadable, another aspect ratio, nothing selected, no alpha channel, or an unknown convention.
+    """
+    if convention not in ("white", "transparent"):
+        raise ValueError(f"mask convention {convention!r} is unknown; use 'white' or 'transparent'")
+    if isinstance(mask, np.ndarray) and mask.dtype == bool:
+        mask = mask.astype(np.uint8) * 255
+    loaded = load_image(mask)
+    _check_aspect((loaded.width, loaded.height), size)
+    if convention == "transparent":
+        if loaded.alpha is None:
+            raise ValueError("the mask has no alpha channel; make the area to edit transparent, or pass white edits")
+        levels = loaded.alpha.point([255 - level for level in range(256)])
+    else:
+        levels = loaded.rgb.convert("L")
+        if loaded.alpha is not None:
+            levels = Image.composite(levels, Image.new("L", levels.size), loaded.alpha)
+    _check_selects(levels, convention)
+    if levels.size != size:
+        levels = levels.resize(size, Image.Resampling.BILINEAR)  # no overshoot; averages when it shrinks
+        _check_selects(levels, convention)
+    return levels
+
+
+def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> Image.Image:
+    """A mask that selects the rectangle (x, y, width, height), cut at the borders of an image of `size`.
+
+    Raises:
+        ValueError: a side that is not positive, or a box outside the image.
+    """
+    x, y, width, height = box
+    if not (width > 0 and height > 0):
+        raise ValueError(f"box {_numbers(box)} has no area; give X,Y,WIDTH,HEIGHT with positive sides")
+    left, top = max(round(x), 0), max(round(y), 0)
+    right, bottom = min(round(x + width), size[0]), min(round(y + height), size[1])
+    if left >= right or top >= bottom:
+        raise ValueError(f"box {_numbers(box)} covers no pixel of the image of {size[0]} x {size[1]}; move it inside")
+    mask = Image.new("L", size)
+    mask.paste(255, (left, top, right, bottom))
+    return mask
+
+
+def polygon_mask(points: Sequence[tuple[float, float]], size: tuple[int, int]) -> Image.Image:
+    """A mask that selects the inside of a polygon, (x, y) corners in pixels of an image of `size`.
+
+    Raises:
+        ValueError: fewer than three corners, or no pixel of the image inside.
+    """
+    if len(points) < 3:
+        raise ValueError(f"a polygon of {len(points)} points has no area; give at least 3")
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).polygon([(float(x), float(y)) for x, y in points], fill=255)
+    if mask.getextrema() == (0, 0):
+        raise ValueError(f"the polygon covers no pixel of the image of {size[0]} x {size[1]}; move it inside")
+    return mask
+
+
+def parse_box(text: str) -> tuple[float, float, float, float]:
+    """ "X,Y,WIDTH,HEIGHT" -> four numbers. Raises ValueError for anything else."""
+    try:
+        x, y, width, height = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"box {text!r} is not X,Y,WIDTH,HEIGHT in pixels, such as 40,60,200,150") from None
+    return x, y, width, height
+
+
+def grow(mask: Image.Image, pixels: int) -> Image.Image:
+    """The mask grown by a margin on every side, so that an object drawn to the edge of the mask is not clipped."""
+    if pixels < 0:
+        raise ValueError(f"a mask cannot grow by {pixels} pixels; give 0 or more")
+    if not pixels:
+        return mask
+    return Image.fromarray(ndimage.maximum_filter(np.asarray(mask), size=2 * pixels + 1, mode="nearest"))
+
+
+def _check_aspect(mask_size: tuple[int, int], size: tuple[int, int]) -> None:
+    (mask_width, mask_height), (width, height) = mask_size, size
+    ratio = (mask_width * height) / (mask_height * width)
+    # A whole pixel either way is rounding, whatever its share of a small mask's side.
+    slack = max(MAX_ASPECT_ERROR, 1 / mask_width, 1 / mask_height)
+    if not 1 / (1 + slack) <= ratio <= 1 + slack:
+        raise ValueError(
+            f"the mask of {mask_width} x {mask_height} pixels has another aspect ratio than the image of "
+            f"{width} x {height}; make the mask from the image itself"
+        )
+
+
+def _check_selects(levels: Image.Image, convention: Convention) -> None:
+    largest = levels.getextrema()[1]
+    if largest < SELECTED:
+        what = "white" if convention == "white" else "transparent"
+        raise ValueError(f"the mask is empty (its strongest pixel is {largest} of 255); make the area to edit {what}")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+# ---------------------------------------------------------------- in the model's pixels and bits
+
+
+def model_mask(mask: Image.Image, prepared: Prepared) -> Tensor:
+    """A mask in the model's pixels, through the same fit as the image.
+
+    Returns:
+        float32 (H, W) in [0, 1], (H, W) = schedule.image_hw. What the fit invented around the image follows the mask
+        as it follows the image (mirrored); beside a square fit it is 0.
+
+    Raises:
+        ValueError: the mask is not of the source's size.
+    """
+    source, (height, width) = prepared.source, prepared.schedule.image_hw
+    if mask.size != (source.width, source.height):
+        raise ValueError(
+            f"a mask of {mask.width} x {mask.height} pixels for an image of {source.width} x {source.height}; "
+            "make it with image_mask, box_mask or polygon_mask"
+        )
+    left, top, right, bottom = (round(edge) for edge in prepared.content_box)
+    # Area average: the level is the covered share of a model pixel.
+    inner = mask.resize((max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BOX)
+    padding = ((top, height - top - inner.height), (left, width - left - inner.width))
+    mode = "symmetric" if prepared.fit == "native" else "constant"
+    return torch.from_numpy(np.pad(np.asarray(inner, np.float32) / 255, padding, mode=mode))
+
+
+def token_coverage(mask_HW: Tensor, schedule: ScaleSchedule, scale: int, patch_size: int) -> Tensor:
+    """Share of each cell of a scale that the mask covers.
+
+    Args:
+        mask_HW: float in [0, 1] of schedule.image_hw, see `model_mask`.
+
+    Returns:
+        float32 (h, w) on the image tokenizer's grid of that scale.
+    """
+    if tuple(mask_HW.shape) != schedule.image_hw:
+        raise ValueError(f"a mask of shape {tuple(mask_HW.shape)} for a schedule of {schedule.image_hw} pixels")
+    return quantizer.resize_area(mask_HW[None, None], quantizer.latent_grid(schedule, scale, patch_size))[0, 0]
+
+
+def lock_bits(
+    bits_BChw: Tensor,
+    features_BChw: Tensor,
+    canvas_BChw: Tensor,
+    coverage_Bhw: Tensor,
+    schedule: ScaleSchedule,
+    scale: int,
+    patch_size: int,
+) -> Tensor:
+    """Force the source's bits where the mask does not reach: the lock in token space.
+
+    A forced cell takes the bits of what the canvas still lacks of the source, so the canvas heads for the source
+    whatever was put on it before; where every coarser scale was forced too, these are exactly the source's own bits.
+    A cell is free when the mask covers enough of it: at the coarsest scale at least half, because its code reaches far
+    outside the mask; at the finest any part, so that nothing at the mask's border is clipped by the size of a cell;
+    between them in proportion. A full mask frees every cell, an empty one none.
+
+    Args:
+        bits_BChw: bool, the bits sampled at this scale, on the tokenizer's grid (B, d, h_k, w_k).
+        features_BChw: the source's continuous features, (B, d, h, w) on the tokenizer's finest grid.
+        canvas_BChw: the canvas before this scale.
+        coverage_Bhw: from `token_coverage`, (B, h_k, w_k) or (1, h_k, w_k).
+
+    Returns:
+        bool, the same shape as `bits_BChw`.
+    """
+    source_bits_BChw = quantizer.residual_bits(features_BChw, canvas_BChw, schedule, scale, patch_size)
+    needed = 0.5 * (1 - scale / max(schedule.num_scales - 1, 1))
+    free_Bhw = (coverage_Bhw >= needed) & (coverage_Bhw > 0)
+    return torch.where(free_Bhw[:, None].to(bits_BChw.device), bits_BChw, source_bits_BChw)

@@ -1,0 +1,314 @@
+"""Preserve: untouched pixels are the input's own, changed ones carry the input's own detail.
+
+The model works at its size class; the input may have a hundred times the pixels. So the edit is not enlarged but
+transferred: from the source and the result as the decoder shows them, a field of colour gains is estimated that says
+how much of the source's detail the edit kept (recoloured: all of it, in other colours; removed or painted over: none).
+At the input's own resolution
+
+    output = result + gain * (input - source)         source, result and gain brought up to the input's size
+
+which is the input itself where nothing changed, the input recoloured where the edit is a change of colour, and the
+edit's own pixels where the edit drew something new. The idea of fitting local affine colour transforms at low
+resolution is that of bilateral guided upsampling and the guided filter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage, sparse
+
+from varedit.editing.change_map import ORIENTATIONS, Calibration, ChangeMap
+from varedit.image_processor import LoadedImage
+
+Mode = Literal["exact", "blend", "off"]
+
+FEATHER = 2.0
+"""Model pixels over which an exact edit fades in from the border of the changed area."""
+
+DETAIL = 2.0
+"""Standard deviation in model pixels that parts detail from tone: gains are estimated on what is finer."""
+
+_BAND_PIXELS = 500_000  # input pixels held at once as float32: about 60 MB with all fields
+
+_Picture = LoadedImage | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """An edit in the form that any resolution can use. Model pixels.
+
+    Attributes:
+        source_HW3: float32, the decoded source in levels of 255, turned as the edit turned it.
+        result_HW3: float32, the decoded result, without the noise that differs from decoding to decoding.
+        gain_HW33: float32, [..., i, j] is the share of the source's detail in channel j that goes to channel i.
+    """
+
+    source_HW3: np.ndarray
+    result_HW3: np.ndarray
+    gain_HW33: np.ndarray
+
+
+def preserve(
+    original: _Picture,
+    edited: Image.Image,
+    change: ChangeMap,
+    mode: Mode = "exact",
+    strength: float = 1.0,
+    *,
+    mask: Image.Image | None = None,
+) -> Image.Image | np.ndarray:
+    """Put the input's own pixels and detail back into an edit.
+
+    Args:
+        original: the input: a `LoadedImage`, an RGB image, or an array (H, W, 3) of uint8 or uint16.
+        edited: the edit as the model made it, of the input's size.
+        change: the change map of the edit.
+        mode: "exact": outside the changed area (and one model pixel around it) the output is the input, bit for bit.
+            A global edit has no outside. "blend": fades from edit to input by how surely a pixel changed.
+            "off": the edit as it is.
+        strength: from 0, the edit as it is, to 1, the mode in full; between, the input shines through the edit's
+            untouched parts in that proportion.
+        mask: mode L, of the input's size; the output is the input, bit for bit, where it is 0.
+
+    Returns:
+        RGB image; an array of the same type for an array. Deterministic; memory does not grow with the input beyond
+        the input and the output themselves.
+
+    Raises:
+        ValueError: sizes that differ, an unknown mode, a strength outside [0, 1], an array of another kind.
+    """
+    if mode not in ("exact", "blend", "off"):
+        raise ValueError(f"preserve mode {mode!r} is unknown; use 'exact', 'blend' or 'off'")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"preserve strength {strength} must lie between 0 (the edit as it is) and 1 (locked)")
+    pixels = _pixels(original)
+    size = (pixels.shape[1], pixels.shape[0])
+    for name, image in (("edit", edited), ("mask", mask)):
+        if image is not None and image.size != size:
+            raise ValueError(
+                f"the {name} of {image.width} x {image.height} pixels must have the input's {size[0]} x {size[1]}"
+            )
+    if mode == "off" or strength == 0:
+        output = _under_mask(pixels, edited, mask)
+    elif change.kind == "none" and strength == 1:
+        output = pixels.copy()
+    else:
+        output = _compose(pixels, change, opacity(change, mode, strength), mask)
+    return output if isinstance(original, np.ndarray) else Image.fromarray(output)
+
+
+def opacity(change: ChangeMap, mode: Mode = "exact", strength: float = 1.0) -> np.ndarray:
+    """How much of the edit is seen, float32 (H, W) in [0, 1], model pixels. Zero stays zero when enlarged bilinearly."""
+    changed = change.remainder_HW if change.orientation != "same" else change.hard_HW
+    if change.kind == "global" and (change.orientation == "same" or changed.mean() > 0.5):
+        return np.ones(changed.shape, np.float32)
+    if mode == "blend":
+        shown = ndimage.gaussian_filter(np.maximum(change.soft_HW, changed), FEATHER / 2)
+        shown[shown < 1 / 255] = 0
+    else:
+        padded = np.pad(changed, 1, mode="edge")  # the edge of the picture is no border of the change
+        depth = ndimage.distance_transform_edt(np.pad(padded, int(FEATHER), mode="edge"))
+        edge = int(FEATHER) + 1
+        shown = np.minimum(depth[edge:-edge, edge:-edge] / FEATHER, 1) if not changed.all() else np.ones(changed.shape)
+    return (1 - strength * (1 - shown)).astype(np.float32)
+
+
+# ---------------------------------------------------------------- the transfer, in model pixels
+
+
+def transfer(change: ChangeMap, calibration: Calibration | None = None) -> Transfer:
+    """Estimate what the edit did to the source's detail, coarse to fine.
+
+    Every changed area first gets one gain (a global edit is one area), the prior of gains in windows that shrink; each
+    step moves away from its prior only as far as the source has detail there to tell. Where the result's detail cannot
+    be had from the source's, the gain falls to zero.
+    """
+    calibration = calibration or change.calibration
+    diff = change.difference
+    source, result = diff.source_HW3, diff.result_HW3
+    if change.orientation != "same":
+        source = np.ascontiguousarray(source[ORIENTATIONS[change.orientation]])
+    noise = np.sqrt(calibration.floor**2 + (calibration.slope * diff.contrast_HW) ** 2) ** 2
+    labels = _areas(change)
+    gain = _gains(source, result, labels, float(np.mean(noise)))
+    return Transfer(source, _settle(source, result, gain, labels, noise), gain.astype(np.float32))
+
+
+def _areas(change: ChangeMap) -> np.ndarray:
+    """Area of each pixel, 0 where nothing changed: int (H, W)."""
+    if change.kind == "global":
+        return np.ones(change.hard_HW.shape, int)
+    # One pixel more on every side: the edge of what was changed tells most about how.
+    labels, _ = ndimage.label(ndimage.binary_dilation(change.hard_HW, iterations=2), np.ones((3, 3)))
+    return labels
+
+
+def _gains(source: np.ndarray, result: np.ndarray, labels: np.ndarray, noise: float) -> np.ndarray:
+    detail, wanted = (x - ndimage.gaussian_filter(x, (DETAIL, DETAIL, 0)) for x in (source, result))
+    moment = detail[..., :, None] * detail[..., None, :]
+    cross = wanted[..., :, None] * detail[..., None, :]
+    gain = np.broadcast_to(np.eye(3, dtype=np.float32), moment.shape).copy()
+    for label in range(1, labels.max() + 1):
+        inside = labels == label
+        gain[inside] = _regress(cross[inside].mean(0), moment[inside].mean(0), np.eye(3), 0.5 * noise)
+        rest = np.square(wanted[inside] - np.einsum("nij,nj->ni", gain[inside], detail[inside])).mean()
+        gain[inside] *= _explained(rest, np.square(wanted[inside]).mean(), noise)
+    changed = (labels > 0)[..., None, None]
+    for sigma in (6.0, 2.5):
+        blur = (sigma, sigma, 0, 0)
+        finer = _regress(ndimage.gaussian_filter(cross, blur), ndimage.gaussian_filter(moment, blur), gain, noise)
+        rest = np.square(wanted - np.einsum("hwij,hwj->hwi", finer, detail)).mean(-1)
+        energy = np.square(wanted).mean(-1)
+        share = _explained(ndimage.gaussian_filter(rest, sigma), ndimage.gaussian_filter(energy, sigma), noise)
+        gain = np.where(changed, finer * share[..., None, None], gain)
+    return gain
+
+
+def _regress(cross: np.ndarray, moment: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
+    """Gain with the least squared error, drawn to the prior: (cross + ridge * prior) (moment + ridge)^-1."""
+    eye = np.eye(3, dtype=np.float32)
+    return np.swapaxes(np.linalg.solve(moment + ridge * eye, np.swapaxes(cross + ridge * prior, -1, -2)), -1, -2)
+
+
+def _explained(rest: np.ndarray, energy: np.ndarray, noise: float) -> np.ndarray:
+    """Share of the result's detail that is neither noise nor new, in [0, 1]."""
+    return 1 - np.clip((rest - noise) / np.maximum(energy, noise), 0, 1)
+
+
+def _settle(
+    source: np.ndarray, result: np.ndarray, gain: np.ndarray, labels: np.ndarray, noise: np.ndarray
+) -> np.ndarray:
+    """The result without decoding noise: gain * source plus an offset as smooth as the result allows.
+
+    The offset is built coarse to fine; at each step what is left is added in proportion to how far it exceeds the
+    noise. So tone edits come out clean, and what is drawn anew comes through whole.
+    """
+    kept = np.einsum("hwij,hwj->hwi", gain, source)
+    left = (result - kept).astype(np.float32)
+    offset = np.zeros_like(left)
+    for label in range(1, labels.max() + 1):
+        inside = labels == label
+        offset[inside] = np.median(left[inside], axis=0)
+    for sigma in (12.0, 5.0, 2.0, 0.0):
+        step = ndimage.gaussian_filter(left - offset, (sigma, sigma, 0)) if sigma else left - offset
+        energy = ndimage.gaussian_filter(np.square(step).mean(-1), max(sigma, 1.0))
+        # Errors of neighbouring pixels come from the same cell of about 8 pixels, so averages calm down slowly.
+        trust = np.maximum(1 - 1.5 * noise / (1 + sigma) / np.maximum(energy, 1e-6), 0)
+        offset += trust[..., None] * step
+    offset[labels == 0] = left[labels == 0]
+    return (kept + offset).astype(np.float32)
+
+
+# ---------------------------------------------------------------- at the input's resolution
+
+
+def _compose(pixels: np.ndarray, change: ChangeMap, shown: np.ndarray, mask: Image.Image | None) -> np.ndarray:
+    """The input with the edit laid over it by `shown`, band by band."""
+    base = pixels[ORIENTATIONS[change.orientation]]
+    output = base.copy()
+    if mask is not None and change.orientation != "same":
+        output = pixels.copy()
+    moved = transfer(change)
+    fields = np.concatenate([moved.result_HW3, moved.source_HW3], -1)
+    gains = moved.gain_HW33.reshape(*shown.shape, 9)
+    height, width = pixels.shape[:2]
+    smooth = _Enlarge(shown.shape, (height, width), cubic=True)
+    linear = _Enlarge(shown.shape, (height, width), cubic=False)
+    levels = np.float32(np.iinfo(pixels.dtype).max / 255)
+    for rows, columns in _tiles(linear, shown):
+        alpha = linear(shown[..., None], rows, columns)
+        own = base[rows, columns]
+        if mask is not None:
+            covered = np.asarray(mask.crop((columns.start, rows.start, columns.stop, rows.stop)), np.float32)
+            alpha = alpha * (covered / 255)[..., None]
+        if not alpha.any():
+            continue
+        own_levels = own / levels
+        large = smooth(fields, rows, columns)
+        detail = own_levels - large[..., 3:]
+        gain = linear(gains, rows, columns)
+        edit = large[..., :3]
+        for channel in range(3):
+            edit[..., channel] += (gain[..., 3 * channel : 3 * channel + 3] * detail).sum(-1)
+        under = own_levels if mask is None else pixels[rows, columns] / levels
+        mixed = under + alpha * (np.clip(edit, 0, 255) - under)
+        rounded = np.rint(mixed * levels).astype(pixels.dtype)
+        output[rows, columns] = np.where(alpha > 0, rounded, output[rows, columns])
+    return output
+
+
+def _tiles(linear: "_Enlarge", shown: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Bands of rows, cut to the columns in which something is shown."""
+    height, width = linear.size
+    step = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, step):
+        rows = slice(top, min(top + step, height))
+        seen = (linear.rows[rows] @ shown).any(0)
+        columns = np.flatnonzero(linear.columns @ seen.astype(np.float32))
+        if len(columns):
+            yield rows, slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+class _Enlarge:
+    """Fields of model pixels (h, w, C) brought to any part of the input's size, bilinearly or bicubically.
+
+    A tile has the same values as that part of the whole.
+    """
+
+    def __init__(self, grid: tuple[int, int], size: tuple[int, int], cubic: bool) -> None:
+        self.size = size
+        self.rows, self.columns = (_weights(n, target, cubic) for n, target in zip(grid, size))
+
+    def __call__(self, field_hwC: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+        """float32 (rows, columns, C)."""
+        h, w, channels = field_hwC.shape
+        tall = self.rows[rows] @ field_hwC.reshape(h, w * channels)
+        turned = tall.reshape(-1, w, channels).swapaxes(0, 1).reshape(w, -1)
+        large = self.columns[columns] @ turned
+        return large.reshape(large.shape[0], -1, channels).swapaxes(0, 1)
+
+
+def _weights(num_inputs: int, num_outputs: int, cubic: bool) -> sparse.csr_array:
+    """Interpolation along one axis as a sparse matrix (num_outputs, num_inputs), rows summing to 1; edges repeat."""
+    centres = (np.arange(num_outputs) + 0.5) * (num_inputs / num_outputs) - 0.5
+    first = np.floor(centres).astype(int)
+    t = (centres - first).astype(np.float64)
+    if cubic:  # Catmull-Rom
+        taps = [-1, 0, 1, 2]
+        weights = [
+            ((-0.5 * t + 1) * t - 0.5) * t, (1.5 * t - 2.5) * t * t + 1, ((-1.5 * t + 2) * t + 0.5) * t,
+            (0.5 * t - 0.5) * t * t,
+        ]  # fmt: skip
+    else:
+        taps, weights = [0, 1], [1 - t, t]
+    inputs = np.concatenate([np.clip(first + tap, 0, num_inputs - 1) for tap in taps])
+    outputs = np.tile(np.arange(num_outputs), len(taps))
+    values = np.concatenate(weights).astype(np.float32)
+    return sparse.csr_array((values, (outputs, inputs)), shape=(num_outputs, num_inputs))
+
+
+def _pixels(original: _Picture) -> np.ndarray:
+    """The input as an array (H, W, 3) of uint8 or uint16; not a copy."""
+    if isinstance(original, LoadedImage):
+        return np.asarray(original.rgb)
+    if isinstance(original, Image.Image):
+        return np.asarray(original if original.mode == "RGB" else original.convert("RGB"))
+    if original.ndim != 3 or original.shape[2] != 3 or original.dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"an array {original.shape} {original.dtype} is no RGB picture; pass (H, W, 3) uint8 or uint16"
+        )
+    return original
+
+
+def _under_mask(pixels: np.ndarray, edited: Image.Image, mask: Image.Image | None) -> np.ndarray:
+    """The edit as it is, in the input's type; under a mask faded into the input."""
+    scale = np.iinfo(pixels.dtype).max // 255
+    edit = np.asarray(edited.convert("RGB")).astype(pixels.dtype) * pixels.dtype.type(scale)
+    if mask is None:
+        return edit
+    alpha = (np.asarray(mask, np.float32) / 255)[..., None]
+    mixed = np.rint(pixels + alpha * (edit.astype(np.float32) - pixels)).astype(pixels.dtype)
+    return np.where(alpha > 0, mixed, pixels)

@@ -1,0 +1,375 @@
+"""VAREditPipeline: check inputs, encode, loop over scales, decode. The loop reads as the paper's figure."""
+
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from varedit import quantizer
+from varedit.image_processor import Fit, ImageInput, Prepared, prepare, to_pil
+from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.sampling import guide, random_uniform, sample_bits
+from varedit.scales import NUM_SCALES, Grid, ScaleSchedule
+from varedit.text import encode_prompts, pad_text
+from varedit.transformer import VAREditTransformer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = Path(__file__).parent / "models" / "tiny"
+"""The model that ships with the package."""
+
+MAX_PROMPT_CHARACTERS = 2000
+MAX_SEED = 2**63 - 1
+
+
+class EditCancelled(RuntimeError):
+    """The callback asked to stop between two scales."""
+
+
+@dataclass(frozen=True)
+class ScaleStep:
+    """What a callback is told after each scale.
+
+    Attributes:
+        scale: the scale just finished, from 0; num_scales: how many there are; grid: its tokens (height, width).
+        indices: which images of the call this is about (images of one schedule are edited together).
+        seconds: since the edit of these images began.
+        preview: decodes the canvas so far; RGB images of the input's sizes, one an index.
+    """
+
+    scale: int
+    num_scales: int
+    grid: Grid
+    indices: tuple[int, ...]
+    seconds: float
+    preview: Callable[[], list[Image.Image]]
+
+
+@dataclass
+class VAREditOutput(BaseOutput):
+    """Result of a call, one entry an image.
+
+    Attributes:
+        images: RGB, of the input's width and height.
+        bits: per image, per scale: uint8 (h, w, d) on the image tokenizer's own grid.
+        seeds: the seed of each image; the same seed and inputs give the same bits.
+        schedule: the scale schedule of each image.
+    """
+
+    images: list[Image.Image]
+    bits: list[list[Tensor]]
+    seeds: list[int]
+    schedule: list[ScaleSchedule]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How bits are chosen: see the pipeline's call."""
+
+    guidance_scale: float
+    temperature: float
+    top_p: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale {self.guidance_scale} must be 0 or more; 1 switches guidance off")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} must be 0 or more; 0 takes the likelier bit")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1; 1 keeps every choice")
+
+
+class VAREditPipeline(DiffusionPipeline):
+    """Edits images by instructions.
+
+    Args:
+        transformer, image_tokenizer: the model.
+        text_encoder, tokenizer: any transformers encoder with `last_hidden_state`; without them `prompt_embeds`
+            must be given.
+        size: size class of a call that names none, one of 128, 256, 512, 768, 1024.
+        fit: "native" or "square", see `image_processor.prepare`.
+        guidance_scale, temperature, top_p: this model's defaults, see the call.
+    """
+
+    _optional_components = ["text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+
+    def __init__(
+        self,
+        transformer: VAREditTransformer,
+        image_tokenizer: VAREditImageTokenizer,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        size: int = 256,
+        fit: str = "native",
+        guidance_scale: float = 3.0,
+        temperature: float = 0.5,
+        top_p: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if transformer.config.num_bits != image_tokenizer.num_token_bits:
+            raise ValueError(
+                f"the transformer predicts {transformer.config.num_bits} bits a token, the image tokenizer has "
+                f"{image_tokenizer.num_token_bits}; they are not from the same model"
+            )
+        self.register_modules(
+            transformer=transformer, image_tokenizer=image_tokenizer, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(size=size, fit=fit, guidance_scale=guidance_scale, temperature=temperature, top_p=top_p)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "VAREditPipeline":
+        """As in diffusers, from a folder or a hub repository, safetensors only.
+
+        Raises:
+            ValueError: a weight is missing, extra or of another shape.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        pipeline = super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        for name, module in pipeline.components.items():
+            if isinstance(module, torch.nn.Module):
+                missing = [key for key, value in module.state_dict().items() if value.is_meta]
+                if missing:
+                    raise ValueError(
+                        f"{name} of {pretrained_model_name_or_path} lacks weights: {', '.join(missing[:5])}"
+                    )
+        return pipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput | Sequence[ImageInput],
+        prompt: str | Sequence[str] | None = None,
+        *,
+        prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        seed: int | Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        size: int | None = None,
+        fit: Fit | None = None,
+        callback_on_scale: Callable[[ScaleStep], bool | None] | None = None,
+    ) -> VAREditOutput:
+        """Edit one or more images.
+
+        `image`, `prompt` and `seed` may each be one value or a list; single values are repeated. Results do not depend
+        on what else is in the call: random numbers are a function of (seed, scale, position, bit).
+
+        Args:
+            image: anything `image_processor.load_image` takes.
+            prompt: the instruction. `prompt_embeds` in its place: encoder states, (T, F) each, unpadded.
+            seed: from 0 to 2**63 - 1; None draws one and reports it.
+            guidance_scale: how strongly the instruction is followed; 1 is no guidance (and half the work).
+            temperature: 0 takes the likelier bit each time.
+            top_p: drops a bit value when the other alone has this probability.
+            size: size class; `fit`: "native" or "square". None everywhere means this model's own default.
+            callback_on_scale: called after each scale; returning False cancels.
+
+        Raises:
+            ValueError: an input is unusable; the message names the value and the fix.
+            EditCancelled: the callback returned False.
+        """
+        sampling = Sampling(
+            *(self._default(name, value) for name, value in
+              (("guidance_scale", guidance_scale), ("temperature", temperature), ("top_p", top_p)))
+        )  # fmt: skip
+        texts = self._check_prompts(prompt, prompt_embeds)
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+        for value in seeds:
+            if value is not None:
+                check_seed(value)
+        count = max(len(images), len(texts), len(seeds))
+        seeds = [secrets.randbelow(2**31) if s is None else s for s in _repeat(seeds, count, "seed")]
+        texts, images = _repeat(texts, count, "prompt"), _repeat(images, count, "image")
+        prepared = [
+            prepare(item, self._check_size(self._default("size", size)), self._default("fit", fit)) for item in images
+        ]
+        features = self._encode_texts(texts)
+
+        groups: dict[ScaleSchedule, list[int]] = {}
+        for index, item in enumerate(prepared):
+            groups.setdefault(item.schedule, []).append(index)
+        results: dict[int, tuple[Image.Image, list[Tensor]]] = {}
+        for schedule, indices in groups.items():
+            edited, bits = self._edit(
+                schedule,
+                [prepared[index] for index in indices],
+                [features[index] for index in indices],
+                torch.tensor([seeds[index] for index in indices]),
+                sampling,
+                partial(_notify, callback_on_scale, tuple(indices)) if callback_on_scale else None,
+            )
+            results |= {index: (edited[row], [b[row] for b in bits]) for row, index in enumerate(indices)}
+        return VAREditOutput(
+            images=[results[index][0] for index in range(count)],
+            bits=[results[index][1] for index in range(count)],
+            seeds=seeds,
+            schedule=[item.schedule for item in prepared],
+        )
+
+    def _edit(
+        self,
+        schedule: ScaleSchedule,
+        prepared: list[Prepared],
+        features: list[Tensor],
+        seeds_B: Tensor,
+        sampling: Sampling,
+        notify: Callable | None,
+    ) -> tuple[list[Image.Image], list[Tensor]]:
+        """Edit images of one schedule together: next-scale prediction (paper section 3.1)."""
+        started = time.monotonic()
+        device, patch_size = self._execution_device, self.image_tokenizer.config.patch_size
+        count = len(prepared)
+        seeds_B = seeds_B.to(device)
+        guided = sampling.guidance_scale != 1
+        image_B3HW = torch.cat([item.image_B3HW for item in prepared]).to(device)
+        source_BChw = self._source(self.image_tokenizer.encode(image_B3HW), schedule)
+        text_BTF, text_mask_BT = (part.to(device) for part in pad_text(features))
+        drop_text_B = torch.zeros(count, dtype=torch.bool, device=device)
+        if guided:  # the unguided branch rides in the same batch: the same source, the instruction dropped
+            source_BChw, text_BTF, text_mask_BT = (torch.cat([x, x]) for x in (source_BChw, text_BTF, text_mask_BT))
+            drop_text_B = torch.cat([drop_text_B, ~drop_text_B])
+        cache = self.transformer(
+            schedule, source_BChw=source_BChw, text_BTF=text_BTF, text_mask_BT=text_mask_BT, drop_text_B=drop_text_B
+        )
+        num_code_bits = self.image_tokenizer.config.num_code_bits
+        canvas_BChw = quantizer.empty_canvas(count, num_code_bits, schedule, patch_size, device)
+        inputs_BlC, bits = None, []
+        for scale in range(schedule.num_scales):
+            if scale:
+                inputs_BlC = quantizer.next_input(canvas_BChw, schedule, scale, patch_size)
+                inputs_BlC = torch.cat([inputs_BlC, inputs_BlC]) if guided else inputs_BlC
+            logits_BlC2 = self.transformer(schedule, inputs_BlC, scale=scale, cache=cache)
+            if guided:
+                logits_BlC2 = guide(logits_BlC2[:count], logits_BlC2[count:], sampling.guidance_scale)
+            random_BlC = random_uniform(seeds_B, scale, *logits_BlC2.shape[1:3])
+            bits_BlC = sample_bits(logits_BlC2, random_BlC, sampling.temperature, sampling.top_p)
+            bits.append(quantizer.unpatchify(bits_BlC.float(), schedule.grids[scale], patch_size) > 0.5)
+            canvas_BChw = quantizer.accumulate(canvas_BChw, bits[-1])
+            if notify:
+                preview = partial(self._decode, canvas_BChw, prepared)
+                notify(schedule, scale, time.monotonic() - started, preview)
+        return self._decode(canvas_BChw, prepared), [b.permute(0, 2, 3, 1).to("cpu", torch.uint8) for b in bits]
+
+    # -- pieces --
+
+    def _source(self, features_BChw: Tensor, schedule: ScaleSchedule) -> Tensor:
+        """Continuous source features on the finest token grid, (B, C, h, w)."""
+        tokens_BSC = quantizer.patchify(features_BChw, self.image_tokenizer.config.patch_size)
+        return tokens_BSC.transpose(1, 2).unflatten(2, schedule.finest)
+
+    def _decode(self, canvas_BChw: Tensor, prepared: list[Prepared]) -> list[Image.Image]:
+        decoded = to_pil(self.image_tokenizer.decode(canvas_BChw))
+        return [item.restore(image) for item, image in zip(prepared, decoded, strict=True)]
+
+    def _encode_texts(self, texts: list[str | Tensor]) -> list[Tensor]:
+        """Encoder states (T, F) of each instruction, on the encoder's device."""
+        max_tokens = self.transformer.config.max_text_tokens
+        prompts = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+        if prompts and self.text_encoder is None:
+            raise ValueError("this model has no text encoder; pass prompt_embeds, or convert with --text-encoder")
+        states = encode_prompts(prompts, self.tokenizer, self.text_encoder, max_tokens) if prompts else []
+        encoded = dict(zip(prompts, states))
+        return [encoded[text] if isinstance(text, str) else text for text in texts]
+
+    def _default(self, name: str, value):
+        return self.config[name] if value is None else value
+
+    def _check_size(self, size: int) -> int:
+        usable = [s for s, num_scales in NUM_SCALES.items() if num_scales <= self.transformer.config.num_levels]
+        if size not in usable:
+            raise ValueError(f"size {size} is not one that this model can use; choose {', '.join(map(str, usable))}")
+        return size
+
+    def _check_prompts(self, prompt, prompt_embeds) -> list[str | Tensor]:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        if prompt_embeds is not None:
+            width = self.transformer.config.text_features
+            embeds = [prompt_embeds] if isinstance(prompt_embeds, Tensor) else list(prompt_embeds)
+            for item in embeds:
+                if item.ndim != 2 or item.shape[1] != width or not len(item):
+                    raise ValueError(f"prompt_embeds of shape {tuple(item.shape)}; pass (tokens, {width})")
+            return embeds
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for text in prompts:
+            check_prompt(text)
+        return prompts
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise ValueError if `prompt` is not a usable instruction."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"the instruction {prompt!r} is empty; say what to change, as in 'blur the photo'")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"the instruction has {len(prompt)} characters; shorten it to at most {MAX_PROMPT_CHARACTERS}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError if `seed` is out of range."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed {seed} must lie between 0 and {MAX_SEED}")
+
+
+def _repeat(values: list, count: int, name: str) -> list:
+    if len(values) not in (1, count):
+        raise ValueError(f"{len(values)} values for {name}, but the call has {count} images; give 1 or {count}")
+    return values * count if len(values) == 1 else values
+
+
+def _notify(callback, indices, schedule, scale, seconds, preview) -> None:
+    step = ScaleStep(scale, schedule.num_scales, schedule.grids[scale], indices, seconds, preview)
+    if callback(step) is False:
+        raise EditCancelled(f"cancelled after scale {scale + 1} of {schedule.num_scales}")
+
+
+def load_pipeline(
+    model: str | os.PathLike | None = None, device: str | None = None, dtype: torch.dtype | None = None
+) -> VAREditPipeline:
+    """Load a model by folder or hub name; None is the model that ships with the package.
+
+    Args:
+        device: None takes CUDA, then MPS, then the CPU.
+        dtype: None takes float32 on the CPU and bfloat16 elsewhere. float16 is refused: T5 overflows in it, and on a
+            CPU it is unusably slow.
+
+    Raises:
+        ValueError: no such model, an incomplete checkpoint, an unusable device or dtype.
+    """
+    device = device or default_device()
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not usable here; try cpu ({str(error).splitlines()[0]})") from error
+    dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+    if dtype == torch.float16:
+        raise ValueError("dtype float16 is not supported (T5 overflows in it); use bfloat16 or float32")
+    source = DEFAULT_MODEL if model is None else model
+    if model is None and not (DEFAULT_MODEL / "model_index.json").exists():
+        raise ValueError("this installation has no default model; name one with --model FOLDER")
+    try:
+        pipeline = VAREditPipeline.from_pretrained(source, dtype=dtype)
+    except OSError as error:
+        raise ValueError(f"cannot load the model {str(source)!r}: {str(error).strip().splitlines()[0]}") from error
+    return pipeline.to(target)
+
+
+def default_device() -> str:
+    """The best device at hand: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

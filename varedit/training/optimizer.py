@@ -1,0 +1,65 @@
+"""Optimizers: Muon for matrices and convolutions beside AdamW for the rest, or AdamW alone (the paper's)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrix: Tensor, num_steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix by quintic Newton-Schulz iteration (Jordan et al., Muon, 2024), in bfloat16."""
+    a, b, c = _NEWTON_SCHULZ
+    x = matrix.bfloat16()
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(num_steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized, for parameters of two or more dimensions (a convolution is flattened to a matrix).
+
+    torch.optim.Muon takes two-dimensional parameters only, and the image tokenizer is all convolutions.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                nesterov = parameter.grad.lerp(momentum, group["momentum"])
+                update = orthogonalize(nesterov.flatten(1))
+                rows, columns = update.shape
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def muon_and_adamw(
+    model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float = 0.01, prefix: str = ""
+) -> list[torch.optim.Optimizer]:
+    """Muon on matrices and convolutions with more than 16 channels on each side whose name starts with `prefix`,
+    AdamW on everything else.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = name.startswith(prefix) and parameter.ndim >= 2 and min(parameter.shape[:2]) > 16
+        (matrices if is_matrix else others).append(parameter)
+    return [
+        Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
+        torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
