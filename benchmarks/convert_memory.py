@@ -113,8 +113,8 @@ def main() -> None:
     options.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     options.output.write_text(
         "# Memory of the converter\n\n"
-        f"Peak resident memory of `varedit convert`, mapped input pages included, against the input file (limit {LIMIT}).\n"
-        f"Imports alone take {rows[0]['before']:.0f} MiB.\n\n" + "\n".join(lines) + "\n\n"
+        "Peak resident memory of `varedit convert`, mapped input pages included, against the input file; at most\n"
+        f"{LIMIT} times is the limit. Imports alone take {rows[0]['before']:.0f} MiB.\n\n" + "\n".join(lines) + "\n\n"
         f"Command: `python benchmarks/convert_memory.py`, torch {torch.__version__.split('+')[0]}.\n"
     )
     print(options.output.read_text())

@@ -14,7 +14,7 @@ SQUARE, PORTRAIT = scale_schedule(128), scale_schedule(128, 1.5)
 def empty_cache(num_source=3, batch_size=2):
     angles = torch.zeros(6, 2)
     mask = torch.ones(batch_size, 1, dtype=torch.bool)
-    return KeyValueCache(num_source, mask, torch.zeros(batch_size, 4), (angles, angles))
+    return KeyValueCache(num_source, mask, torch.zeros(batch_size, 4), torch.zeros(batch_size, 6, 4), (angles, angles))
 
 
 def draw(num_tokens, seed, batch_size=2):

@@ -354,7 +354,7 @@ def test_data_synth_writes_the_same_pairs_for_the_same_seed(varedit, tmp_path):
     from varedit.data.record import read_folder
 
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        ran = varedit("data", "synth", "--count=2", "--size=64", f"--seed={seed}", "-o", tmp_path / name)
+        ran = varedit("data", "synth", "--count=2", "--size=128", f"--seed={seed}", "-o", tmp_path / name)
         assert ran.code == 0, ran.err
     assert "2 pairs" in ran.out
     records = list(read_folder(tmp_path / "a"))

@@ -385,11 +385,9 @@ def test_pickle_with_code_is_refused_unexecuted(part, how, files, tmp_path):
         files[part].write_bytes(pickle.dumps(content))
     else:
         torch.save(content, files[part], _use_new_zipfile_serialization=how == "zip")
-    refused(files, tmp_path, files[part].name)
+    refused(files, tmp_path, files[part].name, *(() if how == "plain pickle" else ("mkdir", "nothing was executed")))
     assert not marker.exists()
     if how == "zip":
-        with pytest.raises(ConvertError, match="mkdir"):
-            convert(**files, output=tmp_path / "out")
         torch.load(files[part], weights_only=False)  # the payload is real
         assert marker.exists()
 
@@ -509,7 +507,7 @@ def test_without_preset_the_released_layout_is_assumed_and_told(files, tmp_path,
     pipeline = VAREditPipeline.from_pretrained(convert(**files, output=tmp_path / "out"))
     assert pipeline.transformer.config.position_layout == "released"
     assert (pipeline.config.fit, pipeline.config.size) == ("square", 512)
-    assert "assuming position_layout released, fit square, size 512" in caplog.text
+    assert "assumed position_layout released, fit square, size 512" in caplog.text
     assert pipeline.text_encoder is None
     assert "prompt_embeds" in caplog.text
 

@@ -23,13 +23,15 @@ class KeyValueCache:
             the source pooled to that scale.
         text_keys, text_values: one tensor a block, (B, N, T, E).
         text_mask_BT: bool (B, T), True where there is text.
-        pooled_text_BD: float32 (B, D), pooled instruction: start token and modulation.
+        pooled_text_BD: float32 (B, D), pooled instruction: start token and head.
+        shared_B6D: float32 (B, 6, D), the modulation shared by the blocks.
         rotary: cosines and sines of the target positions, (L, E / 2) each.
     """
 
     num_source: int
     text_mask_BT: Tensor
     pooled_text_BD: Tensor
+    shared_B6D: Tensor
     rotary: tuple[Tensor, Tensor]
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)

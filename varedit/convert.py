@@ -93,6 +93,9 @@ def convert(
             VAREditPipeline(**components, **settings.pipeline).save_config(folder)
     except OSError as error:
         raise ConvertError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
+    if settings.assumed:
+        listed = ", ".join(f"{name} {value}" for name, value in settings.assumed.items())
+        logger.warning("no preset: assumed %s; pass a preset or these values if the model is another", listed)
     if text_encoder is None:
         known = f", for example {PRESETS[preset].text_encoder}" if preset else ""
         logger.warning("%s has no text encoder: edits need prompt_embeds, or convert with one%s", output, known)
@@ -104,9 +107,12 @@ def convert(
 
 @dataclass(frozen=True)
 class _Settings:
+    """Values of the output; `assumed` are those that nobody gave."""
+
     preset: Preset | None
     position_layout: str
     pipeline: Mapping[str, int | float | str]
+    assumed: Mapping[str, int | str]
 
 
 def _settings(preset: str | None, position_layout: str | None, fit: str | None, size: int | None) -> _Settings:
@@ -122,14 +128,12 @@ def _settings(preset: str | None, position_layout: str | None, fit: str | None, 
         assumed = {"position_layout": "released", "fit": "square", "size": 512}
         given = {"position_layout": position_layout, "fit": fit, "size": size}
         assumed = {name: value for name, value in assumed.items() if given[name] is None}
-        if assumed:
-            listed = ", ".join(f"{name} {value}" for name, value in assumed.items())
-            logger.warning("no preset: assuming %s; pass a preset or these values if the model is another", listed)
-        return _Settings(None, position_layout or "released", {"fit": fit or "square", "size": size or 512})
+        pipeline = {"fit": fit or "square", "size": size or 512}
+        return _Settings(None, position_layout or "released", pipeline, assumed)
     known = PRESETS[preset]
     pipeline = {name: getattr(known, name) for name in ("fit", "size", "guidance_scale", "temperature", "top_p")}
     pipeline |= {name: value for name, value in (("fit", fit), ("size", size)) if value is not None}
-    return _Settings(known, position_layout or known.position_layout, pipeline)
+    return _Settings(known, position_layout or known.position_layout, pipeline, {})
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -227,7 +231,9 @@ def _load(file: Path) -> dict[str, Tensor]:
             raise ConvertError(
                 f"{file}: refused, it holds code or objects ({blamed[1]}), not only tensors; nothing was executed"
             ) from error
-        raise ConvertError(f"{file}: damaged or not a checkpoint ({_first_line(error)}); fetch it again") from error
+        raise ConvertError(
+            f"{file}: damaged or not a checkpoint ({type(error).__name__}: {_first_line(error)}); fetch it again"
+        ) from error
     return _state_dict(loaded, file)
 
 
@@ -494,9 +500,13 @@ def _written_whole(output: Path) -> Iterator[Path]:
         folder = parent / "new"
         folder.mkdir()  # unlike mkdtemp's, with the usual permissions
         yield folder
-        if output.exists():
-            output.rename(parent / "old")
-        folder.rename(output)
+        old = output.rename(parent / "old") if output.exists() else None
+        try:
+            folder.rename(output)
+        except BaseException:
+            if old:
+                old.rename(output)
+            raise
     finally:
         shutil.rmtree(parent, ignore_errors=True)
 
@@ -509,12 +519,10 @@ def _write_part(part: _Part, folder: Path, dtype: torch.dtype | None) -> None:
     part.model.save_config(folder)
     in_float32 = set(part.model._keep_in_fp32_modules or ())
     stored = {name: part.checkpoint.dtypes[key] for name, key in part.keys.items()}
-    dtypes = {
-        name: torch.float32
-        if in_float32 & set(name.split(".")) or stored[name] == torch.float64
-        else dtype or stored[name]
-        for name in part.keys
-    }
+    dtypes = {name: dtype or stored[name] for name in part.keys}
+    for name, wanted in dtypes.items():
+        if in_float32 & set(name.split(".")) or wanted == torch.float64:
+            dtypes[name] = torch.float32
     limit = min(MAX_SHARD_BYTES, part.checkpoint.largest_file)
     shards: list[list[str]] = [[]]
     filled = 0

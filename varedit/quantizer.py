@@ -81,6 +81,7 @@ def next_input(canvas_BChw: Tensor, schedule: ScaleSchedule, scale: int, patch_s
 
 def residual_bits(features_BChw: Tensor, canvas_BChw: Tensor, schedule: ScaleSchedule, scale: int, patch_size: int):
     """Bits (bool, B, d, h, w) of one scale: what the canvas still lacks of the features, area-pooled to its grid."""
+    assert canvas_BChw.shape[-2:] == latent_grid(schedule, -1, patch_size), "the features are not of this schedule"
     residual_BChw = features_BChw.float() - canvas_BChw
     return features_to_bits(resize_area(residual_BChw, latent_grid(schedule, scale, patch_size)))
 
@@ -155,6 +156,7 @@ def bitwise_self_correction(bits_BChw: Tensor, max_flip: float, generator: torch
 
     Random numbers are drawn on the generator's device (the CPU by default), then moved.
     """
-    strength = torch.rand((), generator=generator) * max_flip
-    flips = torch.rand(bits_BChw.shape, generator=generator) < strength
+    device = generator.device if generator is not None else torch.device("cpu")
+    strength = torch.rand((), generator=generator, device=device) * max_flip
+    flips = torch.rand(bits_BChw.shape, generator=generator, device=device) < strength
     return bits_BChw ^ flips.to(bits_BChw.device)

@@ -30,7 +30,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def random_uniform(seeds_B: Tensor, scale: int, num_tokens: int, num_bits: int) -> Tensor:
-    """Uniform random numbers in (0, 1) that are a function of (seed, scale, position, bit) alone.
+    """Uniform random numbers in (0, 1) that are a function of (seed, scale, position, bit) of one model alone.
 
     So an image's random numbers are the same alone or in any batch, on any device.
 

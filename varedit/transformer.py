@@ -8,6 +8,7 @@ C bits a token, D width, N heads, E head size, Q queries, K keys.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -51,51 +52,55 @@ def scale_aligned_reference(source_BNSE: Tensor, schedule: ScaleSchedule) -> lis
     return [*pooled, source_BNSE]
 
 
-def attention_masks(schedule: ScaleSchedule, conditioning: str, device: torch.device) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=8)
+def source_mask(schedule: ScaleSchedule, conditioning: str, device: torch.device) -> Tensor | None:
+    """Which source tokens see which, bool (S, S); None where all see all.
+
+    Under full conditioning a source scale sees the source scales up to its own.
+    """
+    if conditioning != "full":
+        return None
+    scale_S = torch.arange(schedule.num_scales).repeat_interleave(torch.tensor(schedule.num_tokens)).flip(0)
+    return (scale_S[:, None] >= scale_S).to(device)
+
+
+@lru_cache(maxsize=8)
+def attention_mask(schedule: ScaleSchedule, conditioning: str, aligned: bool, device: torch.device) -> Tensor:
     """Who sees whom when all scales are computed at once, True = may see.
 
     Returns:
-        The mask of a plain block, bool (S + L, S + L), and of a block with scale-aligned reference, bool
-        (S + L, S + pooled + L): its keys are [source | source pooled to all scales but the finest | targets].
+        bool (S + L, S + L); for a block with scale-aligned reference bool (S + L, S + pooled + L): its keys are
+        [source | source pooled to all scales but the finest | targets].
     """
-    counts = torch.tensor(schedule.num_tokens)
-    scales = torch.arange(schedule.num_scales)
-    target = scales.repeat_interleave(counts)
+    counts, scales = torch.tensor(schedule.num_tokens), torch.arange(schedule.num_scales)
+    target_L = scales.repeat_interleave(counts)
     if conditioning == "full":
-        source = scales.flip(0).repeat_interleave(counts.flip(0))
-        source_sees, target_sees = source[:, None] >= source, target[:, None] >= source
+        source_S = target_L.flip(0)
+        source_sees, target_sees = source_S[:, None] >= source_S, target_L[:, None] >= source_S
     else:
         num_source = schedule.num_tokens[-1]
         source_sees = torch.ones(num_source, num_source, dtype=torch.bool)
-        target_sees = torch.ones(len(target), num_source, dtype=torch.bool)
-    source_blind = torch.zeros(len(source_sees), len(target), dtype=torch.bool)
-    causal = target[:, None] >= target
-    plain = torch.cat([torch.cat([source_sees, source_blind], 1), torch.cat([target_sees, causal], 1)])
-
-    pooled = scales[:-1].repeat_interleave(counts[:-1])
-    finest_sees = (target == schedule.num_scales - 1)[:, None].expand(-1, len(source_sees))
-    pooled_blind = torch.zeros(len(source_sees), len(pooled), dtype=torch.bool)
-    aligned = torch.cat(
-        [
-            torch.cat([source_sees, pooled_blind, source_blind], 1),
-            torch.cat([finest_sees, target[:, None] == pooled, causal], 1),
-        ]
-    )
-    return plain.to(device), aligned.to(device)
+        finest = (target_L == schedule.num_scales - 1)[:, None] if aligned else torch.ones(len(target_L), 1).bool()
+        target_sees = finest.expand(-1, num_source)
+    source_rows, target_rows = [source_sees], [target_sees]
+    if aligned:
+        pooled = scales[:-1].repeat_interleave(counts[:-1])
+        source_rows.append(torch.zeros(len(source_sees), len(pooled), dtype=torch.bool))
+        target_rows.append(target_L[:, None] == pooled)
+    source_rows.append(torch.zeros(len(source_sees), len(target_L), dtype=torch.bool))
+    target_rows.append(target_L[:, None] >= target_L)
+    return torch.cat([torch.cat(source_rows, 1), torch.cat(target_rows, 1)]).to(device)
 
 
 def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention, (B, N, Q, E). `mask` is bool, broadcastable to (B, N, Q, K), True = may see."""
-    if (
-        mask is not None
-        and q_BNQE.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and k_BNKE.shape[2] < _SHORT_SEQUENCE
-    ):
-        # On the CPU the backward pass of the fused kernel with a mask is slower than three plain operations.
-        weights = (q_BNQE @ k_BNKE.transpose(2, 3)).float() * scale
-        weights = weights.masked_fill(~mask, -math.inf).softmax(-1)
-        return weights.to(v_BNKE.dtype) @ v_BNKE
+    short_training = torch.is_grad_enabled() and k_BNKE.shape[2] < _SHORT_SEQUENCE
+    if mask is not None and short_training and q_BNQE.device.type == "cpu":
+        # On the CPU the backward pass of the fused kernel with a mask is slower than plain operations. Float32: a
+        # logit scale of up to 100 leaves no digits in bfloat16.
+        with torch.autocast("cpu", enabled=False):
+            logits = (q_BNQE.float() @ k_BNKE.float().transpose(2, 3)) * scale
+        return logits.masked_fill(~mask, -math.inf).softmax(-1).to(v_BNKE.dtype) @ v_BNKE
     return F.scaled_dot_product_attention(q_BNQE, k_BNKE, v_BNKE, attn_mask=mask, scale=scale)
 
 
@@ -210,9 +215,9 @@ class Block(nn.Module):
     def finish(self, x_BlD: Tensor, attended_BNlE: Tensor, modulation: list[Tensor], text: tuple) -> Tensor:
         """What follows self-attention. `text` is (keys, values, mask) of the instruction."""
         gate1, gate2, _, scale2, _, shift2 = modulation
-        x_BlD = x_BlD + (self.self_attention.output(attended_BNlE) * gate1).to(x_BlD.dtype)
+        x_BlD = (x_BlD + self.self_attention.output(attended_BNlE) * gate1).to(x_BlD.dtype)
         x_BlD = x_BlD + self.cross_attention(self.cross_norm(x_BlD), *text).to(x_BlD.dtype)
-        return x_BlD + (self.mlp(modulate(x_BlD, scale2, shift2)) * gate2).to(x_BlD.dtype)
+        return (x_BlD + self.mlp(modulate(x_BlD, scale2, shift2)) * gate2).to(x_BlD.dtype)
 
 
 # -- the model -----------------------------------------------------------------------------------------------------
@@ -277,7 +282,6 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, 2 * num_bits)
         self.gradient_checkpointing = False
-        self._masks: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -323,7 +327,15 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
                 dropout in training and the unguided branch of guidance. The source always stays.
         """
         if cache is not None:
+            if scale is None or (inputs is None) != (scale == 0):
+                raise ValueError(
+                    f"scale {scale}: with a cache give the scale, and inputs for every scale but the first"
+                )
             return self._one_scale(schedule, inputs, scale, cache)
+        if schedule.num_scales > len(self.level_embed):
+            raise ValueError(
+                f"size {schedule.size} has {schedule.num_scales} scales; this model has {len(self.level_embed)}"
+            )
         text_mask_BT, text_BTD, pooled_BD = self._text(text_BTF, text_mask_BT, drop_text_B)
         source_BSD = self._embed_source(source_BChw, schedule)
         source_positions, target_positions = token_positions(
@@ -331,7 +343,8 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
         )
         if inputs is None:
             rotary = rotary_table(target_positions, self._head_size, source_BSD.device)
-            cache = KeyValueCache(source_BSD.shape[1], text_mask_BT, pooled_BD, rotary)
+            shared_B6D = self._shared_modulation(pooled_BD)
+            cache = KeyValueCache(source_BSD.shape[1], text_mask_BT, pooled_BD, shared_B6D, rotary)
             rotary = rotary_table(source_positions, self._head_size, source_BSD.device)
             return self._prefill(schedule, source_BSD, text_BTD, rotary, cache)
         x = torch.cat([source_BSD, self._embed_targets(inputs, pooled_BD, schedule, 0, schedule.num_scales)], dim=1)
@@ -348,13 +361,12 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
     # -- the three uses --
 
     def _prefill(self, schedule, x, text_BTD, rotary, cache) -> KeyValueCache:
-        mask = self._mask(schedule, False, x.device)[: x.shape[1], : x.shape[1]] if self._full else None
-        shared = self._shared_modulation(cache.pooled_text_BD)
+        mask = source_mask(schedule, self.config.conditioning, x.device)
         for index, block in enumerate(self.blocks):
             keys, values = block.cross_attention.keys_values(text_BTD)
             cache.text_keys.append(keys)
             cache.text_values.append(values)
-            modulation = block.modulation(shared)
+            modulation = block.modulation(cache.shared_B6D)
             q, k, v = block.self_attention.project(modulate(x, modulation[2], modulation[4]), rotary)
             cache.add_block(k, v, schedule.offsets[-1])
             if self._aligned(index):
@@ -369,9 +381,8 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
         start, end = schedule.offsets[scale], schedule.offsets[scale + 1]
         rotary = cache.rotary[0][start:end], cache.rotary[1][start:end]
         x = self._embed_targets(inputs, cache.pooled_text_BD, schedule, scale, scale + 1)
-        shared = self._shared_modulation(cache.pooled_text_BD)
         for index, block in enumerate(self.blocks):
-            modulation = block.modulation(shared)
+            modulation = block.modulation(cache.shared_B6D)
             q, k, v = block.self_attention.project(modulate(x, modulation[2], modulation[4]), rotary)
             if self._full:
                 num_visible = end
@@ -392,7 +403,8 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
                 torch.cat([part[:, :, :num_source], *pooled[:-1], part[:, :, num_source:]], dim=2)
                 for part, pooled in ((p, scale_aligned_reference(p[:, :, :num_source], schedule)) for p in (k, v))
             )
-        attended = attend(q, k, v, self._mask(schedule, self._aligned(index), x.device), 1.0)
+        mask = attention_mask(schedule, self.config.conditioning, self._aligned(index), x.device)
+        attended = attend(q, k, v, mask, 1.0)
         return block.finish(x, attended, modulation, (*block.cross_attention.keys_values(text_BTD), text_mask_BT))
 
     # -- shared pieces --
@@ -407,12 +419,6 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
 
     def _aligned(self, index: int) -> bool:
         return self.config.conditioning == "sar" and index < self.config.num_aligned_blocks
-
-    def _mask(self, schedule: ScaleSchedule, aligned: bool, device: torch.device) -> Tensor:
-        key = (schedule, str(device))
-        if key not in self._masks:
-            self._masks = {key: attention_masks(schedule, self.config.conditioning, device)}
-        return self._masks[key][int(aligned)]
 
     def _text(self, text_BTF, text_mask_BT, drop_text_B) -> tuple[Tensor, Tensor, Tensor]:
         """Mask (B, T), projected text (B, T, D) for cross-attention, pooled text float32 (B, D)."""
@@ -429,6 +435,9 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
 
     def _embed_source(self, source_BChw: Tensor, schedule: ScaleSchedule) -> Tensor:
         """Source tokens (B, S, D). A source token gets the level embedding of the scale whose grid it lies on."""
+        if source_BChw.shape[-2:] != schedule.finest:
+            found, wanted = (f"{h} x {w}" for h, w in (source_BChw.shape[-2:], schedule.finest))
+            raise ValueError(f"source features on a {found} grid; this schedule needs {wanted}")
         grids = source_grids(schedule, self.config.conditioning)
         source_BSC = torch.cat([resize_area(source_BChw, grid).flatten(2) for grid in grids], dim=2).transpose(1, 2)
         levels = [self.level_embed[schedule.grids.index(grid)].expand(grid[0] * grid[1], -1) for grid in grids]
@@ -446,10 +455,10 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
         return torch.cat([part.to(self.level_embed.dtype) for part in parts], dim=1) + torch.cat(levels)
 
     def _shared_modulation(self, pooled_BD: Tensor) -> Tensor:
-        return self.shared_modulation(F.silu(pooled_BD)).float().unflatten(-1, (6, -1))
+        with torch.autocast(pooled_BD.device.type, enabled=False):
+            return self.shared_modulation(F.silu(pooled_BD)).unflatten(-1, (6, -1))
 
     def _logits(self, x_BlD: Tensor, pooled_BD: Tensor) -> Tensor:
-        scale, shift = self.head_modulation(F.silu(pooled_BD)).float()[:, None].chunk(2, dim=-1)
-        x_BlD = modulate(x_BlD.float(), scale, shift)
         with torch.autocast(x_BlD.device.type, enabled=False):
-            return self.head(x_BlD).unflatten(-1, (-1, 2))
+            scale, shift = self.head_modulation(F.silu(pooled_BD))[:, None].chunk(2, dim=-1)
+            return self.head(modulate(x_BlD.float(), scale, shift)).unflatten(-1, (-1, 2))

@@ -21,6 +21,15 @@ Orientation = Literal["same", "mirrored", "upside_down", "rotated"]
 SMOOTHING = 0.8
 """Standard deviation in pixels of the filter over the signed difference: single-pixel noise cancels, edges stay."""
 
+WIDE = 3.0
+"""The same for the wide average: it must not reach much beyond a small object."""
+
+REACH = 0.2
+"""A pixel of a change has at least this share of the strongest score within `REACH_PIXELS`: beside a strong change less
+is the decoder's spill."""
+
+REACH_PIXELS = 4
+
 MIN_AREA = 0.0006
 """Smallest change kept, as a share of the frame: about 10 pixels of 128 x 128, less than any object drawn there."""
 
@@ -40,26 +49,34 @@ ORIENTATIONS: dict[str, tuple[slice, slice]] = {
 class Calibration:
     """What a do-nothing edit looks like, and how far a change must stand out from it. Made by `calibrate`.
 
-    A pixel's score is its difference divided by the noise expected there, sqrt(floor**2 + (slope * contrast)**2).
+    A pixel's score is its difference divided by the noise expected there, sqrt(floor**2 + slope * contrast), at the
+    pixel or averaged over its neighbourhood, whichever stands out more.
 
     Attributes:
         floor: noise in flat areas, levels of 255 (root mean square over the channels).
-        slope: more noise per level of local contrast: bit errors show at edges and in texture.
+        slope: growth of the noise's variance with local contrast, levels: bit errors show at edges and in texture.
+        wide: what is left of the noise in the wide average, as a share: the less, the fainter a change of a whole area
+            may be.
         token: typical difference of two canvases in a cell (Euclidean). Cells that differ by less count less; 0 ignores
             the canvases.
         high: score that starts a change (a seed).
         low: score down to which a change grows from its seed.
     """
 
-    floor: float = 4.0
-    slope: float = 0.12
-    token: float = 0.3
-    high: float = 4.5
+    floor: float = 3.0
+    slope: float = 2.5
+    wide: float = 0.5
+    token: float = 0.5
+    high: float = 5.0
     low: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (self.floor > 0 and self.slope >= 0 and self.token >= 0 and 0 < self.low <= self.high):
-            raise ValueError(f"{self} is impossible; floor must be positive and low between 0 and high")
+        if not (min(self.floor, self.wide) > 0 <= min(self.slope, self.token) and 0 < self.low <= self.high):
+            raise ValueError(f"{self} is impossible; floor and wide must be positive and low between 0 and high")
+
+    def noise(self, contrast_HW: np.ndarray) -> np.ndarray:
+        """Standard deviation of a do-nothing edit in levels, float32 (H, W)."""
+        return np.sqrt(np.float32(self.floor**2) + np.float32(self.slope) * contrast_HW)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +86,7 @@ class Difference:
     Attributes:
         source_HW3, result_HW3: float32, levels of 255.
         pixel_HW: float32, smoothed difference in levels (root mean square over the channels).
+        wide_HW: float32, the same, smoothed over `WIDE` pixels: noise fades, a change of tone stays.
         contrast_HW: float32, local standard deviation of the source in levels.
         token_HW: float32, Euclidean difference of the canvases, the largest of the cells around a pixel.
     """
@@ -76,13 +94,15 @@ class Difference:
     source_HW3: np.ndarray
     result_HW3: np.ndarray
     pixel_HW: np.ndarray
+    wide_HW: np.ndarray
     contrast_HW: np.ndarray
     token_HW: np.ndarray
 
     def score(self, calibration: Calibration) -> np.ndarray:
         """float32 (H, W): how many times the expected noise a pixel differs by."""
-        noise_HW = np.sqrt(calibration.floor**2 + (calibration.slope * self.contrast_HW) ** 2)
-        score_HW = self.pixel_HW / noise_HW
+        noise_HW = calibration.noise(self.contrast_HW)
+        wide_noise_HW = calibration.wide * ndimage.gaussian_filter(noise_HW, WIDE)
+        score_HW = np.maximum(self.pixel_HW / noise_HW, self.wide_HW / wide_noise_HW)
         if calibration.token:
             score_HW = score_HW * np.minimum(self.token_HW / calibration.token, 1)
         return score_HW.astype(np.float32)
@@ -188,12 +208,17 @@ def difference(
     left, top, right, bottom = (round(edge) for edge in content_box or (0, 0, width, height))
     inside = (slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1)))
     source, result = ((d.permute(1, 2, 0).numpy()[inside] + 1) * np.float32(127.5) for d in decodings)
-    smooth = ndimage.gaussian_filter(result - source, (SMOOTHING, SMOOTHING, 0))
     cells_hw = (canvases[1] - canvases[0]).square().sum(0).sqrt()
     # A code reaches about one cell beyond its own in the decoding.
     cells_hw = torch.nn.functional.max_pool2d(cells_hw[None, None], 3, 1, 1)
     token = torch.nn.functional.interpolate(cells_hw, size=(height, width), mode="bilinear")[0, 0].numpy()[inside]
-    return Difference(source, result, _rms(smooth), local_contrast(source), token)
+    return Difference(source, result, *_smoothed(result - source), local_contrast(source), token)
+
+
+def _smoothed(change_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`Difference.pixel_HW` and `wide_HW` of a signed difference."""
+    fine, wide = (_rms(ndimage.gaussian_filter(change_HW3, (sigma, sigma, 0))) for sigma in (SMOOTHING, WIDE))
+    return fine, wide
 
 
 def local_contrast(image_HW3: np.ndarray, size: int = 5) -> np.ndarray:
@@ -238,20 +263,21 @@ def calibrate(
             for d, skip in zip(differences, ignore or [None] * len(differences), strict=True)]  # fmt: skip
     if not any(keep.any() for keep in kept):
         raise ValueError("there is nothing to calibrate on; give the differences of at least one do-nothing edit")
-    squares, contrasts, tokens = (
+    pixels, wides, contrasts, tokens = (
         np.concatenate([getattr(d, name)[keep] for d, keep in zip(differences, kept)]).astype(np.float64)
-        for name in ("pixel_HW", "contrast_HW", "token_HW")
+        for name in ("pixel_HW", "wide_HW", "contrast_HW", "token_HW")
     )
-    # The noise's variance grows linearly with the square of the contrast; groups of equal size keep outliers from ruling.
+    # Groups of equal size and of one contrast: a few outliers do not rule the fit.
     groups = np.array_split(np.argsort(contrasts), min(20, len(contrasts)))
-    mean_square = np.array([np.mean(squares[group] ** 2) for group in groups])
-    contrast_square = np.array([np.mean(contrasts[group] ** 2) for group in groups])
-    slope_square, floor_square = np.polyfit(contrast_square, mean_square, 1, w=1 / (mean_square + 1))
+    mean_square = np.array([np.mean(pixels[group] ** 2) for group in groups])
+    contrast = np.array([np.mean(contrasts[group]) for group in groups])
+    slope, floor_square = np.polyfit(contrast, mean_square, 1) if np.ptp(contrast) > 0.1 else (0.0, mean_square.mean())
     base = Calibration(
         floor=float(np.sqrt(max(floor_square, mean_square.min(), 0.25))),  # never below half a level: rounding
-        slope=float(np.sqrt(max(slope_square, 0))),
+        slope=float(max(slope, 0)),
         token=float(np.median(tokens)),
     )
+    base = replace(base, wide=float(max(np.sqrt(np.mean(wides**2) / np.mean(pixels**2)), 0.05)) if pixels.any() else 0.5)
     scores = [d.score(base)[keep] for d, keep in zip(differences, kept)]
     # The level at which each edit still has enough pixels for a seed.
     peaks = [np.sort(s)[-min(len(s), _seed_pixels(d.pixel_HW.size))] for s, d in zip(scores, differences) if len(s)]
@@ -313,8 +339,8 @@ def change_map(
 def _turned_score(diff: Difference, orientation: Orientation, calibration: Calibration) -> np.ndarray:
     """Score against the turned source. A turned picture has other bits and other errors: twice the noise, no gate."""
     source = diff.source_HW3[ORIENTATIONS[orientation]]
-    pixel = _rms(ndimage.gaussian_filter(diff.result_HW3 - source, (SMOOTHING, SMOOTHING, 0)))
-    turned = replace(diff, pixel_HW=pixel / 2, contrast_HW=diff.contrast_HW[ORIENTATIONS[orientation]])
+    fine, wide = _smoothed((diff.result_HW3 - source) / 2)
+    turned = replace(diff, pixel_HW=fine, wide_HW=wide, contrast_HW=diff.contrast_HW[ORIENTATIONS[orientation]])
     return turned.score(replace(calibration, token=0))
 
 
@@ -326,7 +352,8 @@ def _seed_pixels(num_pixels: int) -> int:
 def _hysteresis(score: np.ndarray, calibration: Calibration) -> np.ndarray:
     """Areas above `low` that hold a seed above `high`; no speckle, small holes filled. bool (H, W)."""
     smallest = max(2, round(MIN_AREA * score.size))
-    labels, count = ndimage.label(score >= calibration.low, np.ones((3, 3)))
+    strongest = ndimage.maximum_filter(score, 2 * REACH_PIXELS + 1)
+    labels, count = ndimage.label(score >= np.maximum(calibration.low, REACH * strongest), np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     seeds = np.bincount(labels[score >= calibration.high], minlength=count + 1)
     keep = (sizes >= smallest) & (seeds >= _seed_pixels(score.size))
@@ -395,7 +422,8 @@ def evidence(diff: Difference, hard_HW: np.ndarray, calibration: Calibration) ->
         errors[name] = float(np.abs(transformed - result).mean()) + 0.5
         explained = transformed if name == "same" else explained
     best = min(errors, key=lambda name: errors[name])
-    residual = replace(diff, pixel_HW=_rms(ndimage.gaussian_filter(result - explained, (SMOOTHING, SMOOTHING, 0))))
+    fine, wide = _smoothed(result - explained)
+    residual = replace(diff, pixel_HW=fine, wide_HW=wide)
     consistent = residual.score(replace(calibration, token=0)) < calibration.low
     change = result - source
     energy = np.square(diff.pixel_HW).sum()

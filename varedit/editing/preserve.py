@@ -131,7 +131,7 @@ def transfer(change: ChangeMap, calibration: Calibration | None = None) -> Trans
     source, result = diff.source_HW3, diff.result_HW3
     if change.orientation != "same":
         source = np.ascontiguousarray(source[ORIENTATIONS[change.orientation]])
-    noise = np.sqrt(calibration.floor**2 + (calibration.slope * diff.contrast_HW) ** 2) ** 2
+    noise = np.square(calibration.noise(diff.contrast_HW))
     labels = _areas(change)
     gain = _gains(source, result, labels, float(np.mean(noise)))
     return Transfer(source, _settle(source, result, gain, labels, noise), gain.astype(np.float32))

@@ -15,6 +15,7 @@ from varedit.data.synthetic.edits import LOCAL
 from varedit.data.synthetic.scene import Item, Renderer, Scene, conflicts, largest_channel
 from varedit.data.synthetic.stage import Edit, Stage
 from varedit.data.synthetic.vocabulary import COLOURS
+from varedit.scales import scale_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +70,11 @@ class World:
         objects: Folder of cut-outs with `names.json`; None uses the Noto colour emoji font if the system has it.
         photos: Folder of photographs with `index.jsonl`; None draws procedural backgrounds only.
         split: "train" leaves the held-out objects, combinations, phrasings and compositions out; "test" mixes them in.
-        size: Canvas of about size x size pixels.
-        height_over_width: Aspect; both sides are rounded to multiples of 16 at the same area.
+        size: Size class of the pictures, one of `scales.SIZES`.
+        height_over_width: Aspect template, one of `scales.ASPECT_RATIOS`.
 
     Raises:
-        ValueError: Unknown split, impossible size, or a folder without its index.
+        ValueError: Unknown split, size or template, or a folder without its index.
     """
 
     def __init__(
@@ -86,13 +87,7 @@ class World:
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}: use 'train' or 'test'")
-        if not 64 <= size <= 1024:
-            raise ValueError(f"size is {size}: use 64 to 1024 pixels")
-        if not 1 / 3 <= height_over_width <= 3:
-            raise ValueError(f"height_over_width is {height_over_width}: use 1/3 to 3")
-        root = height_over_width**0.5
-        self.height = max(16, round(size * root / 16) * 16)
-        self.width = max(16, round(size / root / 16) * 16)
+        self.height, self.width = scale_schedule(size, height_over_width).image_hw
         self.split = split
         folders = [Path(folder) if folder else None for folder in (objects, photos)]
         self._renderer = Renderer(*folders, split, self.height, self.width)

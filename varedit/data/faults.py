@@ -1,0 +1,208 @@
+"""What can be wrong with one pair as it is read: named, counted, and fatal only above a set fraction."""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from varedit.data.record import Record
+
+logger = logging.getLogger(__name__)
+
+Fault = Literal[
+    "missing image",
+    "unreadable image",
+    "sizes differ",
+    "truncated shard",
+    "missing shard",
+    "not UTF-8",
+    "bad row",
+]
+FAULTS: tuple[str, ...] = get_args(Fault)
+
+# What decoders raise on damaged files; `Record.arrays` turns only OSError into ValueError.
+READ_ERRORS = (ValueError, OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
+
+MIN_ITEMS = 200  # before that, one fault is too large a fraction to stop for
+LOGGED = 20  # faults named in the log one by one; all of them are counted
+MAX_SKIPPED = 0.1
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A pair, or a whole file of pairs, that could not be read.
+
+    Attributes:
+        origin: File and line, member or row.
+        fault: One of `FAULTS`.
+        detail: What exactly, in words.
+    """
+
+    origin: str
+    fault: Fault
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.fault}: {self.detail}"
+
+
+class Encoded(io.BytesIO):
+    """The bytes of a picture file out of an archive or a table, usable wherever a picture's path is.
+
+    It keeps pairs as small as they are on disk until their pixels are asked for, and lets packing store the very bytes.
+    """
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Picture = Path | Encoded | np.ndarray
+
+
+class FaultError(Exception):
+    """Raised inside readers; `checked_record` and the readers turn it into `Skipped`."""
+
+    def __init__(self, fault: Fault, detail: str) -> None:
+        super().__init__(detail)
+        self.fault: Fault = fault
+
+
+def text_of(value: Any, what: str = "instruction") -> str:
+    """A text from a row: str, or bytes that must be UTF-8.
+
+    Raises:
+        FaultError: "not UTF-8" or "bad row".
+    """
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FaultError("not UTF-8", f"{what}: {error}") from error
+    if not isinstance(value, str):
+        raise FaultError("bad row", f"{what} is {value!r}, not a text")
+    return value
+
+
+def texts_of(value: Any, what: str = "instruction") -> tuple[str, ...]:
+    """One or several texts from a row, at least one. Raises FaultError as `text_of`."""
+    if not isinstance(value, (list, tuple)):
+        return (text_of(value, what),)
+    if not value:
+        raise FaultError("bad row", f"{what} is an empty list")
+    return tuple(text_of(one, what) for one in value)
+
+
+def image_hw(picture: Picture) -> tuple[int, int]:
+    """Height and width of a picture in pixels, from its header alone.
+
+    Raises:
+        FaultError: "missing image" or "unreadable image".
+    """
+    if isinstance(picture, np.ndarray):
+        return int(picture.shape[0]), int(picture.shape[1])
+    try:
+        with Image.open(picture) as image:
+            return image.height, image.width
+    except FileNotFoundError as error:
+        raise FaultError("missing image", f"{picture} does not exist") from error
+    except READ_ERRORS as error:
+        # Pillow names a stream by its address in memory, which says nothing to anyone.
+        reason = "no picture format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise FaultError("unreadable image", f"{picture}: {reason}") from error
+
+
+def checked_record(
+    source: Picture, target: Picture, instructions: tuple[str, ...], origin: str, **fields: Any
+) -> Record | Skipped:
+    """A record whose pictures exist, have readable headers and equal sizes; otherwise the fault's name.
+
+    Pixels are not decoded here: a picture cut off in the middle shows when `Record.arrays` is called.
+    """
+    try:
+        height, width = image_hw(source)
+        target_hw = image_hw(target)
+        if target_hw != (height, width):
+            sizes = f"source {width} x {height}, target {target_hw[1]} x {target_hw[0]}"
+            return Skipped(origin, "sizes differ", sizes)
+        mask = fields.get("mask")
+        if mask is not None and image_hw(mask) != (height, width):
+            mask_height, mask_width = image_hw(mask)
+            sizes = f"source {width} x {height}, mask {mask_width} x {mask_height}"
+            return Skipped(origin, "sizes differ", sizes)
+    except FaultError as error:
+        return Skipped(origin, error.fault, str(error))
+    return Record(source, target, instructions, origin=origin, **fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class Tally:
+    """How many pairs were read, and what was skipped, by name."""
+
+    num_records: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_skipped(self) -> int:
+        return self.faults.total()
+
+    def summary(self) -> str:
+        """One line, such as "98 pairs, 2 skipped (missing image 1, not UTF-8 1)"."""
+        text = f"{self.num_records} pairs, {self.num_skipped} skipped"
+        if self.faults:
+            text += f" ({', '.join(f'{name} {count}' for name, count in sorted(self.faults.items()))})"
+        return text
+
+
+def skip_faults(
+    items: Iterable[Record | Skipped], max_skipped: float = MAX_SKIPPED, tally: Tally | None = None
+) -> Iterator[Record]:
+    """The records among `items`; faults are counted and logged.
+
+    Args:
+        items: What `read` yields.
+        max_skipped: Largest fraction of faults that is borne.
+        tally: Filled while reading, for the caller's own report.
+
+    Raises:
+        ValueError: More than `max_skipped` of the items were faults (looked at from 200 items on, and at the end), or
+            there was no pair at all.
+    """
+    tally = tally if tally is not None else Tally()
+    for item in items:
+        if isinstance(item, Skipped):
+            tally.faults[item.fault] += 1
+            if tally.num_skipped <= LOGGED:
+                logger.warning("skipped %s", item)
+            if tally.num_records + tally.num_skipped >= MIN_ITEMS:
+                _refuse_above(max_skipped, tally)
+        else:
+            tally.num_records += 1
+            yield item
+    if tally.num_records + tally.num_skipped == 0:
+        raise ValueError("the source holds no pairs: check its path, or name its format")
+    _refuse_above(max_skipped, tally)
+    if tally.faults:
+        logger.warning("%s", tally.summary())
+
+
+def _refuse_above(max_skipped: float, tally: Tally) -> None:
+    fraction = tally.num_skipped / (tally.num_records + tally.num_skipped)
+    if fraction > max_skipped:
+        raise ValueError(
+            f"{tally.summary()}: {fraction:.0%} is more than max_skipped {max_skipped:.0%}; "
+            "repair the source, or allow a larger fraction"
+        )

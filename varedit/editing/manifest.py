@@ -1,0 +1,360 @@
+"""The manifest: how a picture was made, carried by the picture, so that anyone with the model makes it again.
+
+It travels as an XMP packet inside PNG, JPEG and WebP, and as FILE.varedit.json beside the other formats. The packet
+also says, in the vocabulary of the press (IPTC digital source type), that the picture was edited with generative AI.
+Writing the same edit twice gives the same bytes: a manifest holds neither a time nor a path.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import platform
+import struct
+import zlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+import torch
+from PIL import Image
+
+from varedit import __version__
+from varedit.editing.durable import write_durably
+from varedit.editing.edit import EditResult, Settings
+from varedit.editing.weights import ModelIdentity, identify
+from varedit.image_processor import ImageError, LoadedImage, check_output, encode_image, load_image
+from varedit.pipeline import VAREditPipeline, check_prompt, check_seed
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "varedit/1"
+STATEMENT = "This picture was edited by AI with varedit."
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+"""IPTC's term for "edited using generative AI"."""
+
+SIDE_SUFFIX = ".varedit.json"
+_NAMESPACE = "urn:varedit:1.0/"
+_XMP_IN_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
+_MAX_JPEG_XMP = 65_533 - len(_XMP_IN_JPEG)
+_MAX_BYTES = 4 * 2**20  # of a manifest that is read
+_SOFTWARE = ("torch", "diffusers", "transformers", "numpy", "scipy", "pillow")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """How a picture was made.
+
+    Attributes:
+        instruction, seed, settings: of the edit.
+        input: name (without folders), sha256 of the pixels (`pixels_sha256`), width, height.
+        output: sha256 of the pixels before they were encoded, sha256 of the model's bits.
+        model: which weights, see `weights.identify`.
+        software: versions. The bits do not depend on most of them; a replay that differs names those that differ.
+        device: kind and model of the processor, dtype of the weights.
+        mask: sha256, box where it is a plain rectangle (left, top, width, height), name of its file; None without one.
+        change: `ChangeMap.to_json`, or None.
+    """
+
+    instruction: str
+    seed: int
+    settings: Settings
+    input: dict[str, Any]
+    output: dict[str, Any]
+    model: dict[str, Any]
+    software: dict[str, str]
+    device: dict[str, str]
+    mask: dict[str, Any] | None = None
+    change: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` is the way back."""
+        return {"format": FORMAT, "statement": STATEMENT} | asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any, label: str = "the manifest") -> "Manifest":
+        """Raises ValueError, naming `label` and the field, where the values are not those of `to_json`."""
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"{label} has the format {found!r}, not {FORMAT!r}; update varedit or check the file")
+        parts = {item.name: values.get(item.name) for item in fields(cls)}
+        try:
+            parts["settings"] = Settings.from_json(parts["settings"])
+            check_prompt(parts["instruction"])
+            if not isinstance(parts["seed"], int):
+                raise ValueError(f"the seed {parts['seed']!r} is no whole number")
+            check_seed(parts["seed"])
+            for name, keys in {"input": ["sha256"], "output": ["sha256"], "model": ["kind", "sha256"]}.items():
+                _check_texts(name, parts[name], keys)
+            _check_texts("software", parts["software"], ["varedit"])
+            _check_texts("device", parts["device"], [])
+            if parts["mask"] is not None:
+                _check_texts("mask", parts["mask"], ["sha256"])
+        except ValueError as error:
+            raise ValueError(f"{label} is damaged: {error}") from None
+        return cls(**parts)
+
+
+def _check_texts(name: str, table: Any, keys: list[str]) -> None:
+    if not isinstance(table, dict) or not all(isinstance(table.get(key), str) for key in keys):
+        raise ValueError(f"{name} {table!r} lacks {' or '.join(keys) or 'its table'}")
+
+
+def make_manifest(
+    result: EditResult,
+    pipeline: VAREditPipeline,
+    *,
+    input_name: str | None = None,
+    mask_name: str | None = None,
+    model: ModelIdentity | None = None,
+) -> Manifest:
+    """The manifest of an edit.
+
+    Args:
+        input_name, mask_name: file names; folders are dropped.
+        model: where it is known already; else the pipeline's weights are hashed (once a file, see `weights`).
+    """
+    source = result.source
+    pixels = {"sha256": pixels_sha256(source.rgb), "width": source.width, "height": source.height}
+    return Manifest(
+        instruction=result.prompt,
+        seed=result.seed,
+        settings=result.settings,
+        input={"name": _base(input_name)} | pixels,
+        output={"sha256": pixels_sha256(result.image), "bits_sha256": bits_sha256(result.bits)},
+        model=asdict(model or identify(pipeline)),
+        software=software(),
+        device=device_of(pipeline),
+        mask=None if result.mask is None else {"name": _base(mask_name)} | describe_mask(result.mask),
+        change=result.change_map.to_json() if result.change_map else None,
+    )
+
+
+def _base(name: str | None) -> str | None:
+    return None if name is None else Path(name).name
+
+
+# ---------------------------------------------------------------- what is hashed
+
+
+def pixels_sha256(image: Image.Image) -> str:
+    """Hash of mode, size and pixels: the same for the same picture, whatever file it came from."""
+    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
+    step = max(1, 4_000_000 // image.width)  # in bands: the bytes of a whole image would be a second copy of it
+    for top in range(0, image.height, step):
+        digest.update(image.crop((0, top, image.width, min(top + step, image.height))).tobytes())
+    return digest.hexdigest()
+
+
+def bits_sha256(bits: list[torch.Tensor]) -> str:
+    """Hash of the bits of all scales."""
+    digest = hashlib.sha256()
+    for part in bits:
+        digest.update(f"{tuple(part.shape)}\n".encode())
+        digest.update(part.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe_mask(mask: Image.Image) -> dict[str, Any]:
+    """Hash of a mask, and its box (left, top, width, height) if it is all 255 inside one and 0 outside."""
+    box = None
+    if found := mask.getbbox():
+        inside = mask.crop(found)
+        if inside.getextrema() == (255, 255):
+            box = [found[0], found[1], inside.width, inside.height]
+    return {"sha256": pixels_sha256(mask), "box": box}
+
+
+def software() -> dict[str, str]:
+    """Versions of what an edit is computed with."""
+    versions = {name: importlib.metadata.version(name) for name in _SOFTWARE}
+    return {"varedit": __version__, "python": platform.python_version()} | versions
+
+
+def device_of(pipeline: VAREditPipeline) -> dict[str, str]:
+    """Kind and model of the processor that a pipeline runs on, and the dtype of its weights."""
+    device = pipeline._execution_device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = torch.backends.cpu.get_cpu_capability()
+    else:
+        name = platform.machine()
+    return {"type": device.type, "name": name, "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_with_manifest(
+    image: Image.Image,
+    path: str | Path,
+    manifest: Manifest,
+    like: LoadedImage | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write an image file with its manifest inside, or beside it where the format has no room.
+
+    Whatever happens, `path` holds its old content or the whole new image.
+
+    Args:
+        image, path, like, overwrite: of `image_processor.save_image`.
+
+    Raises:
+        ImageError: see `save_image`; also an existing side file without `overwrite`.
+    """
+    path = Path(path)
+    check_output(path, overwrite=overwrite)
+    data = encode_image(image, path.suffix, like)
+    embedded = embed(data, manifest)
+    side = side_file(path)
+    try:
+        if embedded is None:
+            if side.exists() and not overwrite:
+                raise ImageError(f"output {str(side)!r} exists already; choose another name or allow overwriting")
+            # First, so that the image is never there without its manifest.
+            write_durably(side, json.dumps(manifest.to_json(), indent=1).encode())
+        write_durably(path, embedded or data)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ImageError(
+            f"output {str(path)!r} cannot be written ({reason}); free some space or choose another folder"
+        ) from error
+    return path
+
+
+def side_file(path: Path) -> Path:
+    """photo.tiff -> photo.tiff.varedit.json."""
+    return path.with_name(path.name + SIDE_SUFFIX)
+
+
+def embed(data: bytes, manifest: Manifest) -> bytes | None:
+    """The bytes of an image file with the manifest in it; the pixels' bytes stay as they are.
+
+    Returns:
+        None for a format without room for it: AVIF, TIFF, BMP, or a manifest too long for a JPEG.
+    """
+    packet = xmp_packet(manifest)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _embed_in_png(data, packet)
+    if data.startswith(b"\xff\xd8\xff") and len(packet) <= _MAX_JPEG_XMP:
+        return _embed_in_jpeg(data, packet)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return _embed_in_webp(data, packet)
+    return None
+
+
+def xmp_packet(manifest: Manifest) -> bytes:
+    """The manifest and the statement as XMP (ISO 16684-1)."""
+    text = json.dumps(manifest.to_json(), ensure_ascii=True, separators=(",", ":"))
+    packet = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:varedit="{_NAMESPACE}" xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+ xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
+<xmp:CreatorTool>varedit {__version__}</xmp:CreatorTool>
+<Iptc4xmpExt:DigitalSourceType>{SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>
+<varedit:manifest>{escape(text)}</varedit:manifest>
+</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>"""
+    return packet.encode()
+
+
+def _embed_in_png(data: bytes, packet: bytes) -> bytes:
+    """An iTXt chunk, uncompressed, right after the header chunk."""
+    body = b"iTXt" + b"XML:com.adobe.xmp\0" + b"\0\0" + b"\0" + b"\0" + packet
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    end = 8 + 4 + 4 + 13 + 4
+    return data[:end] + chunk + data[end:]
+
+
+def _embed_in_jpeg(data: bytes, packet: bytes) -> bytes:
+    """An APP1 segment behind the ones that readers want first (JFIF and EXIF)."""
+    at = 2
+    while data[at : at + 2] in (b"\xff\xe0", b"\xff\xe1"):
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    body = _XMP_IN_JPEG + packet
+    return data[:at] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[at:]
+
+
+def _embed_in_webp(data: bytes, packet: bytes) -> bytes | None:
+    """An "XMP " chunk at the end, announced in the extended header, which is added where there is none."""
+    chunks = data[12:]
+    if chunks[:4] == b"VP8 ":  # the simple form: lossy without alpha
+        with Image.open(io.BytesIO(data)) as image:
+            size = b"".join((side - 1).to_bytes(3, "little") for side in image.size)
+        chunks = b"VP8X" + struct.pack("<I", 10) + bytes(4) + size + chunks
+    if chunks[:4] != b"VP8X":
+        return None
+    flags = bytes([chunks[8] | 0x04])
+    padded = b"XMP " + struct.pack("<I", len(packet)) + packet + b"\0" * (len(packet) % 2)
+    chunks = chunks[:8] + flags + chunks[9:] + padded
+    return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_manifest(path: str | Path) -> Manifest | None:
+    """The manifest in an image file or beside it; None where there is none. A side file itself may be named as well.
+
+    Raises:
+        ImageError: the file is missing or no image.
+        ValueError: a manifest that is damaged or from a later version.
+    """
+    path = Path(path)
+    if path.name.endswith(SIDE_SUFFIX):
+        return _read_side(path)
+    packet = _read_xmp(path)
+    text = _manifest_text(packet) if packet else None
+    if text is None:
+        return _read_side(side_file(path)) if side_file(path).is_file() else None
+    return _parse(text, f"the manifest in {str(path)!r}")
+
+
+def _read_xmp(path: Path) -> bytes | None:
+    try:
+        with Image.open(path) as image:
+            packet = image.info.get("xmp")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        load_image(path)  # says what is wrong with it
+        raise
+    packet = packet.encode() if isinstance(packet, str) else packet
+    return packet if packet and len(packet) <= _MAX_BYTES else None
+
+
+def _manifest_text(packet: bytes) -> str | None:
+    if b"<!DOCTYPE" in packet or b"<!ENTITY" in packet:  # XMP has neither; they are how XML is made to explode
+        return None
+    try:
+        root = ElementTree.fromstring(packet.strip(b"\0"))
+    except (ElementTree.ParseError, ValueError):  # someone else's damaged packet
+        return None
+    name = f"{{{_NAMESPACE}}}manifest"
+    for element in root.iter():  # other programs may have rewritten the element as an attribute
+        if element.tag == name:
+            return element.text
+        if name in element.attrib:
+            return element.attrib[name]
+    return None
+
+
+def _read_side(path: Path) -> Manifest:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{str(path)!r} is too large to be a manifest")
+        return _parse(path.read_text(), repr(str(path)))
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(path)!r} is damaged: it is no text") from None
+
+
+def _parse(text: str, label: str) -> Manifest:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{label} is damaged: it is no JSON") from None
+    return Manifest.from_json(values, label)

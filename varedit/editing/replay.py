@@ -1,0 +1,122 @@
+"""Replay: make an edit again from its manifest, or say exactly what differs."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from varedit.editing.edit import EditResult, apply_edit
+from varedit.editing.manifest import (
+    Manifest,
+    bits_sha256,
+    describe_mask,
+    device_of,
+    pixels_sha256,
+    software,
+)
+from varedit.editing.weights import ModelIdentity, state_sha256
+from varedit.image_processor import LoadedImage, encode_image, load_image
+from varedit.pipeline import VAREditPipeline
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What came of a replay.
+
+    Attributes:
+        differences: one sentence each, starting with what differs: input, mask, model, settings, pixels or file.
+        notes: versions and devices that differ. They need not change a picture; where it came out different, they are
+            the likely cause.
+        result: the edit made again; None where a difference made it pointless to try.
+    """
+
+    differences: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    result: EditResult | None = None
+
+    @property
+    def same(self) -> bool:
+        """Whether the very same picture came out."""
+        return not self.differences
+
+
+def replay(
+    manifest: Manifest, source: LoadedImage, pipeline: VAREditPipeline, mask: Image.Image | None = None
+) -> Replay:
+    """Make an edit again with what was recorded, and compare.
+
+    Args:
+        source, mask: of the edit; see `check_inputs`, which is run first.
+        pipeline: the model. Weights from files are not hashed here: see `check_model`.
+    """
+    found = check_inputs(manifest, source, mask)
+    if manifest.model["kind"] == "memory" and state_sha256(pipeline) != manifest.model["sha256"]:
+        found.append("model: the weights are not those of the edit, which came from memory; save that model and use it")
+    resolved = manifest.settings.resolved(pipeline)
+    if resolved != manifest.settings:
+        found.append("settings: the manifest leaves some to the model; they cannot be told any more")
+    notes = differing_software(manifest, pipeline)
+    if found:
+        return Replay(tuple(found), notes)
+    result = apply_edit(
+        pipeline, source, manifest.instruction, seed=manifest.seed, settings=manifest.settings, mask=mask
+    )
+    if pixels_sha256(result.image) != manifest.output["sha256"]:
+        same_bits = bits_sha256(result.bits) == manifest.output.get("bits_sha256")
+        where = "in decoding or preserving; the model chose the same bits" if same_bits else "in the model's bits"
+        found.append(f"pixels: the edit came out different {where}")
+    return Replay(tuple(found), notes, result)
+
+
+def check_inputs(manifest: Manifest, source: LoadedImage, mask: Image.Image | None) -> list[str]:
+    """What of the input and the mask is not what was edited."""
+    found = []
+    if (digest := pixels_sha256(source.rgb)) != manifest.input["sha256"]:
+        size = f"{source.width} x {source.height}"
+        recorded = f"{manifest.input.get('width')} x {manifest.input.get('height')}"
+        found.append(
+            f"input: {size} pixels with sha256 {_short(digest)}, but the edit was made from {recorded} with "
+            f"{_short(manifest.input['sha256'])}"
+        )
+    recorded_mask = None if manifest.mask is None else manifest.mask["sha256"]
+    given_mask = None if mask is None else describe_mask(mask)["sha256"]
+    if recorded_mask != given_mask:
+        found.append(f"mask: {_short(given_mask)}, but the edit was made with {_short(recorded_mask)}")
+    return found
+
+
+def check_model(manifest: Manifest, model: ModelIdentity | None) -> list[str]:
+    """Whether these are the weights of the edit; None is a model whose files are not on this disk yet."""
+    if model is None or manifest.model["kind"] != model.kind or model.sha256 == manifest.model["sha256"]:
+        return []
+    return [
+        f"model: {model.name} with sha256 {_short(model.sha256)}, but the edit was made by "
+        f"{manifest.model.get('name')} with {_short(manifest.model['sha256'])}"
+    ]
+
+
+def differing_software(manifest: Manifest, pipeline: VAREditPipeline) -> tuple[str, ...]:
+    """Versions and devices that are not those of the edit, one sentence each."""
+    now = software() | {f"device {name}": value for name, value in device_of(pipeline).items()}
+    then = manifest.software | {f"device {name}": value for name, value in manifest.device.items()}
+    return tuple(
+        f"version: {name} is {now.get(name, 'absent')}, was {then.get(name, 'not recorded')}"
+        for name in now
+        if now[name] != then.get(name)
+    )
+
+
+def check_file(path: Path, result: EditResult) -> list[str]:
+    """Whether an image file holds the pixels that writing this edit would give it."""
+    found = load_image(path)
+    data = encode_image(result.image, path.suffix, result.source)
+    wanted = load_image(io.BytesIO(data))
+    alphas = [None if image.alpha is None else pixels_sha256(image.alpha) for image in (found, wanted)]
+    if pixels_sha256(found.rgb) == pixels_sha256(wanted.rgb) and alphas[0] == alphas[1]:
+        return []
+    return [f"file: {path.name} does not hold the pixels of its edit; it was saved again, or by another encoder"]
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest[:12]

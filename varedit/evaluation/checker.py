@@ -1,0 +1,183 @@
+"""The exact checker: was the asked edit done, and nothing else? From pixels alone, against a known answer.
+
+The procedural world knows what the picture had to become (the target), what it was (the source) and where pixels may
+change (the mask). An edit falls into regions (the old place and the new place of a moved object, each object of a
+composition, the background), and every region has to be done: nothing is averaged away by a large neighbour.
+
+Tolerance. An editor draws through an image tokenizer, so a perfect edit comes back softened, with a noise of some ten
+levels, and dead pixels must not decide. Before anything is compared, all pictures are softened by a Gaussian of
+`SOFTNESS` of the short side (1.5 pixels of 128). Progress is the share of the way from source to target that the
+result has gone (a projection: noise across the way does not count); the error left over counts beyond `NOISE` levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+REVISION = 1
+"""Raised whenever a score could change: part of the protocol's hash."""
+
+SOFTNESS = 1.5 / 128
+"""Standard deviation of the filter applied to every picture first, as a share of the short side."""
+
+NOISE = 10.0
+"""Root mean square error in levels that a faithful picture may have after that filter."""
+
+STRAY = 32.0
+"""A pixel has strayed when, softened by `STRAY_SOFTNESS`, its root mean square over the channels differs by more levels
+than this, and its patch covers at least `STRAY_PATCH` of the frame."""
+
+STRAY_SOFTNESS = 3 / 128
+STRAY_PATCH = 0.003
+
+DONE = 0.6
+"""Completeness that every region needs for a success, and"""
+
+QUARTER = 0.3
+"""that each quarter of a region needs, so that a half-painted region is not a success."""
+
+UNTOUCHED = 0.01
+"""Largest stray share of the frame that a success may have."""
+
+WHOLE = 0.98
+"""A mask that covers at least this share of the frame has no outside."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker found.
+
+    Attributes:
+        success: every region is done and the rest is untouched.
+        completeness: 0 (nothing of the edit) to 1 (all of it), the mean over the regions.
+        regions: completeness of each region, in the order given.
+        preservation: 1 - sqrt(stray): 1 is untouched, 0 when all of the rest strayed.
+        stray: share of the frame that strayed.
+        outside_psnr: decibels to the source outside the mask; None where the mask leaves no outside.
+        balance: 0..10, the harmonic mean of 10 * completeness and 10 * preservation (the paper's GPT-Balance on exact
+            numbers), 0 if either is 0.
+    """
+
+    success: bool
+    completeness: float
+    regions: tuple[float, ...]
+    preservation: float
+    stray: float
+    outside_psnr: float | None
+    balance: float
+
+
+def check(
+    source: np.ndarray,
+    target: np.ndarray,
+    result: np.ndarray,
+    mask: np.ndarray,
+    regions: Sequence[np.ndarray] | None = None,
+) -> Verdict:
+    """Compare a result with the known answer.
+
+    Args:
+        source, target, result: uint8 (H, W, 3).
+        mask: bool (H, W), True where the edit may change pixels.
+        regions: bool (H, W) each, the parts that all have to be done; None takes the connected parts of the mask.
+
+    Raises:
+        ValueError: Shapes that differ, or a target that equals its source.
+    """
+    _check_shapes(source, target, result, mask)
+    if regions is None:
+        regions = connected_regions(mask)
+    before, after, got = (soften(picture) for picture in (source, target, result))
+    done = tuple(region_completeness(before[part], after[part], got[part]) for part in regions)
+    if not done:
+        raise ValueError("the mask is empty: a case of the exact checker needs a place where something changes")
+    stray = stray_share(before, after, got, mask)
+    completeness, preservation = float(np.mean(done)), 1 - float(np.sqrt(stray))
+    return Verdict(
+        success=min(done) >= DONE and stray <= UNTOUCHED,
+        completeness=completeness,
+        regions=done,
+        preservation=preservation,
+        stray=stray,
+        outside_psnr=outside_psnr(source, result, mask),
+        balance=harmonic_mean(10 * completeness, 10 * preservation),
+    )
+
+
+def soften(picture: np.ndarray) -> np.ndarray:
+    """float32 (H, W, 3) in 0..255 after the filter of `SOFTNESS`."""
+    sigma = SOFTNESS * min(picture.shape[:2])
+    return ndimage.gaussian_filter(picture.astype(np.float32), (sigma, sigma, 0), mode="nearest")
+
+
+def region_completeness(before: np.ndarray, after: np.ndarray, got: np.ndarray) -> float:
+    """How much of the way from `before` to `after` a region has gone, float (N, 3) pixels each; 0 to 1.
+
+    The smaller of progress (projection on the way, going past the end counts against it) and closeness (1 - the error
+    beyond `NOISE`, relative to the length of the way). The source scores 0, the target 1, a half blend 0.5, a half of
+    the area 0.5 or less, and something else altogether little, however far it went.
+    """
+    way, gone = after - before, got - before
+    length = float(np.square(way).sum())
+    if length == 0:
+        raise ValueError("a region of the target equals the source: nothing was asked there")
+    progress = float((way * gone).sum()) / length
+    progress = min(progress, 2 - progress)
+    error = float(np.sqrt(np.square(got - after).mean()))
+    closeness = 1 - max(0.0, error - NOISE) / np.sqrt(length / way.size)
+    return float(np.clip(min(progress, closeness), 0, 1))
+
+
+def stray_share(before: np.ndarray, after: np.ndarray, got: np.ndarray, mask: np.ndarray) -> float:
+    """Share of the frame that changed without being asked, from softened pictures.
+
+    Outside the mask: pixels far from the source. An edit of the whole picture has no outside; there a pixel strays that
+    is far from every point between its source and its target.
+    """
+    margin = 2 * SOFTNESS * min(mask.shape)  # what the filter carries across the border of the mask
+    grown = ndimage.distance_transform_edt(~mask) <= margin if mask.any() else mask
+    if grown.mean() >= WHOLE:
+        way = after - before
+        share = (way * (got - before)).sum(-1) / np.maximum(np.square(way).sum(-1), 1e-6)
+        nearest = before + np.clip(share, 0, 1)[..., None] * way
+        strayed = _rms(got - nearest) > STRAY
+    else:
+        strayed = (_rms(got - before) > STRAY) & ~grown
+    return float(strayed.mean())
+
+
+def outside_psnr(source: np.ndarray, result: np.ndarray, mask: np.ndarray) -> float | None:
+    """PSNR in dB of the pixels outside the mask, capped at 60; None where the mask covers the frame."""
+    if mask.mean() >= WHOLE:
+        return None
+    error = np.square(source[~mask].astype(np.float64) - result[~mask]).mean()
+    return float(min(60.0, 10 * np.log10(255**2 / max(error, 1e-9))))
+
+
+def connected_regions(mask: np.ndarray) -> list[np.ndarray]:
+    """The connected parts of a mask, specks below 0.05 % of the frame left to their neighbours."""
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    parts = [labels == number for number in range(1, count + 1)]
+    large = [part for part in parts if part.mean() >= 0.0005]
+    return large or ([mask] if mask.any() else [])
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """2ab / (a + b), and 0 if either is 0 (paper section A.2.2)."""
+    return 0.0 if min(first, second) <= 0 else 2 * first * second / (first + second)
+
+
+def _rms(difference: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(difference).mean(-1))
+
+
+def _check_shapes(source: np.ndarray, target: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
+    for name, picture in (("target", target), ("result", result)):
+        if picture.shape != source.shape:
+            raise ValueError(f"{name} has shape {picture.shape}, the source {source.shape}: resize it first")
+    if mask.shape != source.shape[:2] or mask.dtype != bool:
+        raise ValueError(f"mask is {mask.dtype} {mask.shape}: use bool {source.shape[:2]}")
