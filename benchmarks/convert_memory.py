@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -63,9 +62,9 @@ def write_checkpoints(folder: Path, gigabytes: float, dtype: torch.dtype, kind: 
 
 def measure_here(transformer: Path, image_tokenizer: Path, output: Path, dtype: str | None) -> dict[str, float]:
     """Convert in this process and tell its memory."""
-    before, started = resident_mib("VmRSS"), time.monotonic()
+    before = resident_mib("VmRSS")
     convert(transformer, image_tokenizer, output, dtype=getattr(torch, dtype) if dtype else None)
-    return {"before": before, "peak": resident_mib("VmHWM"), "seconds": time.monotonic() - started}
+    return {"before": before, "peak": resident_mib("VmHWM")}
 
 
 def measure(gigabytes: float, stored: str, kind: str, dtype: str | None) -> dict:
@@ -101,11 +100,11 @@ def main() -> None:
         return
     rows = [measure(options.gigabytes, *case) for case in CASES]
     lines = [
-        "| stored | file | converted to | file MiB | peak above imports MiB | ratio | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| stored | file | converted to | file MiB | peak above imports MiB | ratio |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {row['stored']} | .{row['kind']} | {row['to']} | {row['file_mib']:.0f} | {row['used_mib']:.0f} | "
-            f"{row['ratio']:.2f} | {row['seconds']:.1f} |"
+            f"{row['ratio']:.2f} |"
             for row in rows
         ),
     ]

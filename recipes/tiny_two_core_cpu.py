@@ -53,7 +53,7 @@ TOKENIZER = {
 }
 EDITOR = {
     "num_bits": 56, "width": 256, "num_blocks": 6, "num_heads": 4, "text_features": 384, "num_text_heads": 4,
-    "max_text_tokens": 64, "num_levels": 5,
+    "max_text_tokens": 64, "num_levels": 5, "position_layout": "fixed_offset",
 }  # fmt: skip
 ASPECTS = {1.0: 36, 0.666: 14, 1.5: 14, 0.75: 11, 1.333: 11, 0.8: 4, 1.25: 4, 0.571: 2, 1.75: 2, 0.5: 1, 2.0: 1}
 """Height over width -> share of the batches."""

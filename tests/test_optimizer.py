@@ -59,7 +59,13 @@ def small_regression() -> tuple[nn.Module, Tensor, Tensor]:
     """A network of convolutions and matrices, and pictures with numbers to predict."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 24, 3), nn.GELU(), nn.Conv2d(24, 24, 3), nn.Flatten(), nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 2)
+        nn.Conv2d(3, 24, 3),
+        nn.GELU(),
+        nn.Conv2d(24, 24, 3),
+        nn.Flatten(),
+        nn.Linear(96, 32),
+        nn.GELU(),
+        nn.Linear(32, 2),
     )
     inputs = torch.randn(64, 3, 6, 6)
     return model, inputs, torch.stack([inputs.mean((1, 2, 3)) * 5, inputs[:, 0].amax((1, 2))], dim=1)

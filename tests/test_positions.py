@@ -16,10 +16,10 @@ SCHEDULES = [pytest.param(SQUARE, id="square"), pytest.param(PORTRAIT, id="portr
 @pytest.mark.parametrize("ratio", ASPECT_RATIOS)
 def test_layouts_agree_at_1024_and_only_there(ratio, conditioning):
     schedule = scale_schedule(1024, ratio)
-    for ours, released in zip(*(token_positions(schedule, conditioning, layout) for layout in POSITION_LAYOUTS)):
+    for ours, released in zip(*(token_positions(schedule, conditioning, layout) for layout in ("offset", "released"))):
         assert torch.equal(ours, released)
     smaller = scale_schedule(512, ratio)
-    for ours, released in zip(*(token_positions(smaller, conditioning, layout) for layout in POSITION_LAYOUTS)):
+    for ours, released in zip(*(token_positions(smaller, conditioning, layout) for layout in ("offset", "released"))):
         assert ours.shape == released.shape and not torch.equal(ours, released)
 
 
@@ -41,6 +41,19 @@ def test_offset_layout_token_by_token(schedule):
     assert torch.equal(full, reordered + torch.tensor([height, width]))
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("ratio", ASPECT_RATIOS)
+def test_fixed_offset_is_the_same_at_every_template_and_keeps_source_and_target_apart(ratio, conditioning):
+    schedule = scale_schedule(1024, ratio)
+    source, target = token_positions(schedule, conditioning, "fixed_offset")
+    finest = target[schedule.offsets[-2] :]
+    assert torch.equal(source[: len(finest)], finest + 64)
+    assert not set(map(tuple, source.tolist())) & set(map(tuple, target.tolist()))
+    if ratio == 1.0:
+        offset = token_positions(schedule, conditioning, "offset")
+        assert torch.equal(source, offset[0]) and torch.equal(target, offset[1])
+
+
 def test_released_layout_is_a_raster_walk_through_the_source_part():
     schedule = scale_schedule(256, 1.5)
     height, width = scale_schedule(1024, 1.5).finest
@@ -59,19 +72,6 @@ def test_ladder_positions_start_at_0_and_stay_inside():
         assert (positions < torch.tensor(schedule.finest)).all()
         finest = positions[schedule.offsets[-2] :]
         assert torch.equal(finest, torch.cartesian_prod(*map(torch.arange, schedule.finest)))
-
-
-def test_rotation_equals_complex_multiplication():
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 10, 16)
-    positions = torch.randint(0, 128, (10, 2))
-    table = rotary_table(positions, 16, x.device)
-    assert table[0].shape == table[1].shape == (10, 8) and table[0].dtype == torch.float32
-    torch.testing.assert_close(rotate(x, table), turn(x, positions), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rotate(x, table).norm(dim=-1), x.norm(dim=-1))
-    origin = rotary_table(torch.zeros(10, 2, dtype=torch.int64), 16, x.device)
-    assert torch.equal(rotate(x, origin), x)
-    assert rotate(x.bfloat16(), table).dtype == torch.float32
 
 
 def test_rotated_products_depend_on_the_distance_alone():

@@ -1,7 +1,10 @@
 """Instruction features: an instruction's own, whatever else is encoded with it."""
 
+import copy
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from varedit.testing import TEXT_FEATURES, tiny_text_encoder
@@ -95,6 +98,16 @@ def test_bfloat16_states_are_finite_and_near(encoder):
     for states, expected in zip(rounded, exact):
         assert states.dtype == torch.bfloat16 and states.isfinite().all()
         assert torch.nn.functional.cosine_similarity(states.float(), expected, dim=-1).min() > 0.99
+
+
+def test_an_offloaded_encoder_computes_where_it_is_told(encoder):
+    tokenizer, text_encoder = encoder
+    expected = encode_prompts(PROMPTS, tokenizer, text_encoder, 64)
+    offloaded = copy.deepcopy(text_encoder)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    for states, wanted in zip(encode_prompts(PROMPTS, tokenizer, offloaded, 64, device="cpu"), expected):
+        assert torch.equal(states, wanted)
 
 
 def test_encoding_builds_no_graph(encoder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varedit.positions import POSITION_LAYOUTS, token_positions
+from varedit.positions import POSITION_LAYOUTS, rotary_table, rotate, token_positions
 from varedit.scales import scale_schedule
 from varedit.testing import TEXT_FEATURES, tiny_transformer
 from varedit.transformer import CONDITIONINGS, VAREditTransformer, attend, modulate, scale_aligned_reference
@@ -318,6 +318,19 @@ def test_dropped_text_is_the_null_text_of_the_same_length(run):
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def test_rotation_equals_complex_multiplication():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10, 16)
+    positions = torch.randint(0, 128, (10, 2))
+    table = rotary_table(positions, 16, x.device)
+    assert table[0].shape == table[1].shape == (10, 8) and table[0].dtype == torch.float32
+    torch.testing.assert_close(rotate(x, table), turn(x, positions), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotate(x, table).norm(dim=-1), x.norm(dim=-1))
+    origin = rotary_table(torch.zeros(10, 2, dtype=torch.int64), 16, x.device)
+    assert torch.equal(rotate(x, origin), x)
+    assert rotate(x.bfloat16(), table).dtype == torch.float32
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

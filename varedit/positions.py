@@ -8,7 +8,10 @@ from torch import Tensor
 
 from varedit.scales import Grid, ScaleSchedule
 
-POSITION_LAYOUTS = ("offset", "released")
+POSITION_LAYOUTS = ("offset", "fixed_offset", "released")
+
+FIXED_OFFSET = (64, 64)
+"""Keeps source and target apart at every template: one side of a reference grid is always at most 64."""
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -36,14 +39,19 @@ def source_grids(schedule: ScaleSchedule, conditioning: str, at_1024: bool = Fal
 def token_positions(schedule: ScaleSchedule, conditioning: str, layout: str) -> tuple[Tensor, Tensor]:
     """Positions of source and target tokens, int64 (S, 2) and (L, 2).
 
-    Positions are counted on the finest grid (H, W) of the 1024 class at every size, (64, 64) when square. Layout
-    "offset" is the paper's (section 3.2): the source is shifted by (H, W). Layout "released" reproduces the released
-    code: one table of the 1024 class, read from its first row with the token counts in use, so that below 1024 both
-    parts fall on a raster walk through the source part. The two agree at 1024.
+    Positions are counted on the finest grid (H, W) of the 1024 class at every size, (64, 64) when square.
+
+    - "offset" is the paper's layout (section 3.2): the source is shifted by (H, W).
+    - "fixed_offset" shifts the source by (64, 64) at every aspect template, so that "the same place in the source" is
+      the same rotation whatever the aspect; with "offset" a model of several aspects has to tell them apart first.
+      Both are the same for square images, the only ones the paper has.
+    - "released" reproduces the released code: one table of the 1024 class, read from its first row with the token
+      counts in use, so that below 1024 both parts fall on a raster walk through the source part. It agrees with
+      "offset" at 1024.
     """
     reference = schedule.reference_grids[-1]
-    shift = torch.tensor(reference)
-    if layout == "offset":
+    shift = torch.tensor(FIXED_OFFSET if layout == "fixed_offset" else reference)
+    if layout != "released":
         source = ladder_positions(source_grids(schedule, conditioning), reference) + shift
         return source, ladder_positions(schedule.grids, reference)
     table = torch.cat(

@@ -234,7 +234,7 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
         max_text_tokens: rows of the learned unguided text, the longest instruction.
         conditioning: "sar", "finest" or "full" (paper section 3.2).
         num_aligned_blocks: how many first blocks use the scale-aligned reference under "sar" (the paper: 1).
-        position_layout: "offset" (paper) or "released"; see `token_positions`.
+        position_layout: "offset" (paper), "fixed_offset" or "released"; see `positions.token_positions`.
         num_levels: rows of the level embedding, one a scale.
     """
 

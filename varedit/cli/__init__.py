@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from varedit import __version__
-from varedit.cli import convert, data, doctor, edit
+from varedit.cli import batch, convert, data, doctor, edit, replay, session
 
 app = typer.Typer(
     name="varedit",
@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(edit.edit)
+app.command()(batch.batch)
+app.add_typer(session.app, name="session")
+app.command()(replay.replay)
 app.command()(convert.convert)
 app.add_typer(data.app, name="data")
 app.command()(doctor.doctor)

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import tarfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -201,8 +202,6 @@ class Pictures:
 
 def tar_members(stream: Any, origin: str, faults: list[Skipped]) -> Iterator[tarfile.TarInfo]:
     """The complete files of a tar; where it breaks off, one "truncated shard" is added to `faults`."""
-    import zlib
-
     previous: tarfile.TarInfo | None = None  # tarfile sees that a member is cut off only on the way to the next one
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -210,7 +209,10 @@ def tar_members(stream: Any, origin: str, faults: list[Skipped]) -> Iterator[tar
                 if previous is not None and previous.isfile():
                     yield previous
                 previous = member
-                archive.members = []  # type: ignore[attr-defined]  # or it keeps all it has seen
+                archive.members = []  # or it keeps all it has seen
+            stream.seek(archive.offset)
+            if len(stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+                faults.append(Skipped(origin, "truncated shard", "no end mark; what came before is used"))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         faults.append(Skipped(origin, "truncated shard", f"{error}; what came before is used"))
         return

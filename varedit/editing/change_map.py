@@ -21,20 +21,23 @@ Orientation = Literal["same", "mirrored", "upside_down", "rotated"]
 SMOOTHING = 0.8
 """Standard deviation in pixels of the filter over the signed difference: single-pixel noise cancels, edges stay."""
 
-WIDE = 3.0
-"""The same for the wide average: it must not reach much beyond a small object."""
+GUIDE_RADIUS = 4
+"""Pixels, about the side of one code's footprint: evidence is averaged over this much on its own side of an edge."""
 
-REACH = 0.2
-"""A pixel of a change has at least this share of the strongest score within `REACH_PIXELS`: beside a strong change less
-is the decoder's spill."""
+GUIDE_CONTRAST = 10.0
+"""Levels: an edge of the source or the result of more contrast than this stops the averaging."""
 
-REACH_PIXELS = 4
+MAX_EVIDENCE = 6.0
+"""Scores beyond this count as this much, so that one strong pixel does not carry its neighbours."""
+
+LOW_SHARE = 0.7
+"""`Calibration.low` as a share of `high`. Lower keeps more of an edit's faint border and more noise beside it."""
 
 MIN_AREA = 0.0006
 """Smallest change kept, as a share of the frame: about 10 pixels of 128 x 128, less than any object drawn there."""
 
 MAX_HOLE = 0.02
-"""Unchanged islands inside a change are filled up to this share of the frame; larger ones are real (a ring, a frame)."""
+"""Unchanged islands inside a change are filled up to this share of the frame; larger ones are real (a ring)."""
 
 ORIENTATIONS: dict[str, tuple[slice, slice]] = {
     "same": (slice(None), slice(None)),
@@ -49,30 +52,27 @@ ORIENTATIONS: dict[str, tuple[slice, slice]] = {
 class Calibration:
     """What a do-nothing edit looks like, and how far a change must stand out from it. Made by `calibrate`.
 
-    A pixel's score is its difference divided by the noise expected there, sqrt(floor**2 + slope * contrast), at the
-    pixel or averaged over its neighbourhood, whichever stands out more.
+    A pixel's score is its difference divided by the noise expected there, sqrt(floor**2 + slope * contrast), averaged
+    (root mean square) over its neighbours within the same edges.
 
     Attributes:
         floor: noise in flat areas, levels of 255 (root mean square over the channels).
         slope: growth of the noise's variance with local contrast, levels: bit errors show at edges and in texture.
-        wide: what is left of the noise in the wide average, as a share: the less, the fainter a change of a whole area
-            may be.
-        token: typical difference of two canvases in a cell (Euclidean). Cells that differ by less count less; 0 ignores
-            the canvases.
+        token: a small difference of two canvases in a cell (Euclidean); a tenth of the cells of a do-nothing edit
+            differ by less. Cells that do count less; 0 ignores the canvases.
         high: score that starts a change (a seed).
         low: score down to which a change grows from its seed.
     """
 
     floor: float = 3.0
     slope: float = 2.5
-    wide: float = 0.5
-    token: float = 0.5
-    high: float = 5.0
-    low: float = 2.0
+    token: float = 0.2
+    high: float = 3.5
+    low: float = 2.8
 
     def __post_init__(self) -> None:
-        if not (min(self.floor, self.wide) > 0 <= min(self.slope, self.token) and 0 < self.low <= self.high):
-            raise ValueError(f"{self} is impossible; floor and wide must be positive and low between 0 and high")
+        if not (self.floor > 0 <= min(self.slope, self.token) and 0 < self.low <= self.high):
+            raise ValueError(f"{self} is impossible; floor must be positive and low between 0 and high")
 
     def noise(self, contrast_HW: np.ndarray) -> np.ndarray:
         """Standard deviation of a do-nothing edit in levels, float32 (H, W)."""
@@ -86,7 +86,6 @@ class Difference:
     Attributes:
         source_HW3, result_HW3: float32, levels of 255.
         pixel_HW: float32, smoothed difference in levels (root mean square over the channels).
-        wide_HW: float32, the same, smoothed over `WIDE` pixels: noise fades, a change of tone stays.
         contrast_HW: float32, local standard deviation of the source in levels.
         token_HW: float32, Euclidean difference of the canvases, the largest of the cells around a pixel.
     """
@@ -94,18 +93,29 @@ class Difference:
     source_HW3: np.ndarray
     result_HW3: np.ndarray
     pixel_HW: np.ndarray
-    wide_HW: np.ndarray
     contrast_HW: np.ndarray
     token_HW: np.ndarray
 
     def score(self, calibration: Calibration) -> np.ndarray:
         """float32 (H, W): how many times the expected noise a pixel differs by."""
-        noise_HW = calibration.noise(self.contrast_HW)
-        wide_noise_HW = calibration.wide * ndimage.gaussian_filter(noise_HW, WIDE)
-        score_HW = np.maximum(self.pixel_HW / noise_HW, self.wide_HW / wide_noise_HW)
+        score_HW = self.pixel_HW / calibration.noise(self.contrast_HW)
         if calibration.token:
             score_HW = score_HW * np.minimum(self.token_HW / calibration.token, 1)
-        return score_HW.astype(np.float32)
+        evidence_HW = np.square(np.minimum(score_HW, MAX_EVIDENCE))
+        guided = [_guided_mean(evidence_HW, image.mean(-1)) for image in (self.source_HW3, self.result_HW3)]
+        return np.sqrt(np.maximum(sum(guided) / 2, 0)).astype(np.float32)
+
+
+def _guided_mean(values_HW: np.ndarray, guide_HW: np.ndarray) -> np.ndarray:
+    """Mean over a window that does not cross the guide's edges (guided filter): float32 (H, W)."""
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return ndimage.uniform_filter(x, 2 * GUIDE_RADIUS + 1, mode="reflect")
+
+    guide_mean, values_mean = mean(guide_HW), mean(values_HW)
+    variance = mean(np.square(guide_HW - guide_mean))
+    slope = (mean(guide_HW * values_HW) - guide_mean * values_mean) / (variance + GUIDE_CONTRAST**2)
+    return mean(slope) * guide_HW + mean(values_mean - slope * guide_mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,13 +222,12 @@ def difference(
     # A code reaches about one cell beyond its own in the decoding.
     cells_hw = torch.nn.functional.max_pool2d(cells_hw[None, None], 3, 1, 1)
     token = torch.nn.functional.interpolate(cells_hw, size=(height, width), mode="bilinear")[0, 0].numpy()[inside]
-    return Difference(source, result, *_smoothed(result - source), local_contrast(source), token)
+    return Difference(source, result, _smoothed(result - source), local_contrast(source), token)
 
 
-def _smoothed(change_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`Difference.pixel_HW` and `wide_HW` of a signed difference."""
-    fine, wide = (_rms(ndimage.gaussian_filter(change_HW3, (sigma, sigma, 0))) for sigma in (SMOOTHING, WIDE))
-    return fine, wide
+def _smoothed(change_HW3: np.ndarray) -> np.ndarray:
+    """`Difference.pixel_HW` of a signed difference."""
+    return _rms(ndimage.gaussian_filter(change_HW3, (SMOOTHING, SMOOTHING, 0)))
 
 
 def local_contrast(image_HW3: np.ndarray, size: int = 5) -> np.ndarray:
@@ -263,9 +272,9 @@ def calibrate(
             for d, skip in zip(differences, ignore or [None] * len(differences), strict=True)]  # fmt: skip
     if not any(keep.any() for keep in kept):
         raise ValueError("there is nothing to calibrate on; give the differences of at least one do-nothing edit")
-    pixels, wides, contrasts, tokens = (
+    pixels, contrasts, tokens = (
         np.concatenate([getattr(d, name)[keep] for d, keep in zip(differences, kept)]).astype(np.float64)
-        for name in ("pixel_HW", "wide_HW", "contrast_HW", "token_HW")
+        for name in ("pixel_HW", "contrast_HW", "token_HW")
     )
     # Groups of equal size and of one contrast: a few outliers do not rule the fit.
     groups = np.array_split(np.argsort(contrasts), min(20, len(contrasts)))
@@ -275,15 +284,13 @@ def calibrate(
     base = Calibration(
         floor=float(np.sqrt(max(floor_square, mean_square.min(), 0.25))),  # never below half a level: rounding
         slope=float(max(slope, 0)),
-        token=float(np.median(tokens)),
+        token=float(np.quantile(tokens, 0.1)),
     )
-    base = replace(base, wide=float(max(np.sqrt(np.mean(wides**2) / np.mean(pixels**2)), 0.05)) if pixels.any() else 0.5)
     scores = [d.score(base)[keep] for d, keep in zip(differences, kept)]
     # The level at which each edit still has enough pixels for a seed.
     peaks = [np.sort(s)[-min(len(s), _seed_pixels(d.pixel_HW.size))] for s, d in zip(scores, differences) if len(s)]
     high = float(max(np.quantile(peaks, 1 - false_alarm), 1.5))
-    low = float(np.quantile(np.concatenate(scores), 0.98))
-    return replace(base, high=high, low=min(max(low, 0.3 * high), high))
+    return replace(base, high=high, low=LOW_SHARE * high)
 
 
 # ---------------------------------------------------------------- the map
@@ -339,8 +346,8 @@ def change_map(
 def _turned_score(diff: Difference, orientation: Orientation, calibration: Calibration) -> np.ndarray:
     """Score against the turned source. A turned picture has other bits and other errors: twice the noise, no gate."""
     source = diff.source_HW3[ORIENTATIONS[orientation]]
-    fine, wide = _smoothed((diff.result_HW3 - source) / 2)
-    turned = replace(diff, pixel_HW=fine, wide_HW=wide, contrast_HW=diff.contrast_HW[ORIENTATIONS[orientation]])
+    contrast = diff.contrast_HW[ORIENTATIONS[orientation]]
+    turned = replace(diff, source_HW3=source, pixel_HW=_smoothed(diff.result_HW3 - source) / 2, contrast_HW=contrast)
     return turned.score(replace(calibration, token=0))
 
 
@@ -352,8 +359,7 @@ def _seed_pixels(num_pixels: int) -> int:
 def _hysteresis(score: np.ndarray, calibration: Calibration) -> np.ndarray:
     """Areas above `low` that hold a seed above `high`; no speckle, small holes filled. bool (H, W)."""
     smallest = max(2, round(MIN_AREA * score.size))
-    strongest = ndimage.maximum_filter(score, 2 * REACH_PIXELS + 1)
-    labels, count = ndimage.label(score >= np.maximum(calibration.low, REACH * strongest), np.ones((3, 3)))
+    labels, count = ndimage.label(score >= calibration.low, np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     seeds = np.bincount(labels[score >= calibration.high], minlength=count + 1)
     keep = (sizes >= smallest) & (seeds >= _seed_pixels(score.size))
@@ -384,6 +390,7 @@ class Evidence:
             nothing of the source's layout is left; above 2 the picture was turned.
         fine: of the difference's energy that is gone after a wide blur: blur, sharpen, pixelate change detail only.
         island: of the source's contrast that lies in the largest unchanged area.
+        redrawn: of the 16 tiles whose contrast is a quarter weaker, or a third stronger, than the source's.
     """
 
     area: float
@@ -393,19 +400,21 @@ class Evidence:
     structure_lost: float
     fine: float
     island: float
+    redrawn: float
 
     @property
     def is_tone(self) -> bool:
         """One colour transform of the whole picture."""
+        if self.consistent < 0.7 or self.spread < 0.6:
+            return False
         if self.area >= 0.97:  # no outside to ask, and flat pictures have no layout to lose
-            return self.consistent >= 0.7
-        explained = self.consistent >= 0.7 and self.consistent_outside >= 0.8
-        return explained and self.structure_lost < 0.6 and self.spread >= 0.6
+            return True
+        return self.structure_lost < 0.6 and (self.area >= 0.85 or self.consistent_outside >= 0.8)
 
     @property
     def is_filter(self) -> bool:
         """A change of detail everywhere: blur, sharpen, pixelate."""
-        return self.fine >= 0.8 and self.spread >= 0.4
+        return (self.fine >= 0.8 and self.spread >= 0.4) or (self.fine >= 0.6 and self.redrawn >= 0.6)
 
     @property
     def is_style(self) -> bool:
@@ -422,25 +431,31 @@ def evidence(diff: Difference, hard_HW: np.ndarray, calibration: Calibration) ->
         errors[name] = float(np.abs(transformed - result).mean()) + 0.5
         explained = transformed if name == "same" else explained
     best = min(errors, key=lambda name: errors[name])
-    fine, wide = _smoothed(result - explained)
-    residual = replace(diff, pixel_HW=fine, wide_HW=wide)
+    residual = replace(diff, pixel_HW=_smoothed(result - explained))
     consistent = residual.score(replace(calibration, token=0)) < calibration.low
     change = result - source
     energy = np.square(diff.pixel_HW).sum()
     coarse = np.square(ndimage.gaussian_filter(change, (4, 4, 0))).mean(-1).sum()
     labels, count = ndimage.label(ndimage.binary_opening(~hard_HW, iterations=3))
     islands = np.bincount(labels.ravel(), diff.contrast_HW.ravel(), minlength=count + 1)[1:]
-    tiles = [tile for band in np.array_split(hard_HW, 4) for tile in np.array_split(band, 4, axis=1)]
+    ratios = _tiles(local_contrast(result)) / np.maximum(_tiles(diff.contrast_HW), 1)
     found = Evidence(
         area=float(hard_HW.mean()),
-        spread=float(np.mean([tile.mean() > 0.1 for tile in tiles if tile.size])),
+        spread=float(np.mean(_tiles(hard_HW) > 0.1)),
         consistent=float(consistent.mean()),
         consistent_outside=float(consistent[~hard_HW].mean()) if not hard_HW.all() else 1.0,
         structure_lost=errors["same"] / min(errors[name] for name in errors if name != "same"),
         fine=float(1 - coarse / energy) if energy else 0.0,
         island=float(islands.max(initial=0) / max(diff.contrast_HW.sum(), 1e-6)),
+        redrawn=float(np.mean((ratios < 0.75) | (ratios > 1.33))),
     )
     return found, best
+
+
+def _tiles(values_HW: np.ndarray) -> np.ndarray:
+    """Means of 4 x 4 tiles (fewer where a side has fewer pixels)."""
+    bands = (band for band in np.array_split(values_HW, 4) if band.size)
+    return np.array([tile.mean() for band in bands for tile in np.array_split(band, 4, axis=1) if tile.size])
 
 
 def fit_affine(source_HW3: np.ndarray, result_HW3: np.ndarray, num_rounds: int = 6) -> np.ndarray:
@@ -460,9 +475,9 @@ def fit_affine(source_HW3: np.ndarray, result_HW3: np.ndarray, num_rounds: int =
 
 
 def _classify(diff: Difference, hard: np.ndarray, calibration: Calibration) -> tuple[Kind, Orientation]:
-    if not hard.any():
-        return "none", "same"
     found, best = evidence(diff, hard, calibration)
-    if best != "same" and found.structure_lost > 2:
+    if best != "same" and found.structure_lost > 2 and hard.any():
         return "global", best
-    return ("global" if found.is_tone or found.is_filter or found.is_style else "local"), "same"
+    if found.is_filter or (hard.any() and (found.is_tone or found.is_style)):
+        return "global", "same"
+    return ("local" if hard.any() else "none"), "same"

@@ -101,7 +101,7 @@ def preserve(
 
 
 def opacity(change: ChangeMap, mode: Mode = "exact", strength: float = 1.0) -> np.ndarray:
-    """How much of the edit is seen, float32 (H, W) in [0, 1], model pixels. Zero stays zero when enlarged bilinearly."""
+    """How much of the edit is seen: float32 (H, W) in [0, 1], model pixels."""
     changed = change.remainder_HW if change.orientation != "same" else change.hard_HW
     if change.kind == "global" and (change.orientation == "same" or changed.mean() > 0.5):
         return np.ones(changed.shape, np.float32)

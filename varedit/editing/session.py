@@ -119,7 +119,7 @@ class Session:
         """
         folder = Path(folder)
         if not (folder / "session.json").is_file():
-            raise SessionError(f"{str(folder)!r} is no session (no session.json); start one with: session new DIR IMAGE")
+            raise SessionError(f"{str(folder)!r} is no session: it has no session.json; start one with session new")
         state = _read_json(folder / "session.json", folder)
         original, head = state.get("original"), state.get("head")
         if state.get("format") != FORMAT:
@@ -260,7 +260,9 @@ class Session:
     def _check(self, number: int) -> None:
         if number and number not in self.steps:
             known = ", ".join(map(str, sorted(self.steps))) or "none yet"
-            raise SessionError(f"session {str(self.folder)!r} has no step {number}; it has 0 (the original) and {known}")
+            raise SessionError(
+                f"session {str(self.folder)!r} has no step {number}; it has 0, the original, and {known}"
+            )
 
     def _mask(self, step: Step) -> Image.Image | None:
         if step.manifest.mask is None:

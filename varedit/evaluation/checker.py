@@ -4,15 +4,15 @@ The procedural world knows what the picture had to become (the target), what it 
 change (the mask). An edit falls into regions (the old place and the new place of a moved object, each object of a
 composition, the background), and every region has to be done: nothing is averaged away by a large neighbour.
 
-Tolerance. An editor draws through an image tokenizer, so a perfect edit comes back softened, with a noise of some ten
-levels, and dead pixels must not decide. Before anything is compared, all pictures are softened by a Gaussian of
-`SOFTNESS` of the short side (1.5 pixels of 128). Progress is the share of the way from source to target that the
-result has gone (a projection: noise across the way does not count); the error left over counts beyond `NOISE` levels.
+Tolerance. An editor draws through an image tokenizer, so a perfect edit comes back softened and with a noise of some
+ten levels; single pixels must not decide. Pictures are softened before anything is compared. Progress is the share of
+the way from source to target that the result has gone (a projection: noise across the way does not count); the error
+that is left counts beyond `NOISE` levels. Changes that vanish under that filter cannot be judged: see `visible_change`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,18 +27,21 @@ SOFTNESS = 1.5 / 128
 NOISE = 10.0
 """Root mean square error in levels that a faithful picture may have after that filter."""
 
+MIN_CHANGE = 14.0
+"""Root mean square change in levels, after the filter, that a region needs to be judged at all."""
+
+DONE = 0.6
+"""Completeness that every region needs for a success, and"""
+
+QUARTER = 0.25
+"""that each quarter of a region needs, so that a half-painted region is no success."""
+
 STRAY = 32.0
 """A pixel has strayed when, softened by `STRAY_SOFTNESS`, its root mean square over the channels differs by more levels
 than this, and its patch covers at least `STRAY_PATCH` of the frame."""
 
 STRAY_SOFTNESS = 3 / 128
-STRAY_PATCH = 0.003
-
-DONE = 0.6
-"""Completeness that every region needs for a success, and"""
-
-QUARTER = 0.3
-"""that each quarter of a region needs, so that a half-painted region is not a success."""
+STRAY_PATCH = 0.002
 
 UNTOUCHED = 0.01
 """Largest stray share of the frame that a success may have."""
@@ -55,9 +58,9 @@ class Verdict:
         success: every region is done and the rest is untouched.
         completeness: 0 (nothing of the edit) to 1 (all of it), the mean over the regions.
         regions: completeness of each region, in the order given.
-        preservation: 1 - sqrt(stray): 1 is untouched, 0 when all of the rest strayed.
-        stray: share of the frame that strayed.
-        outside_psnr: decibels to the source outside the mask; None where the mask leaves no outside.
+        preservation: 1 - sqrt(stray): 1 is untouched, 0 when the whole frame strayed.
+        stray: share of the frame that changed without being asked.
+        outside_psnr: decibels to the source outside the mask, at most 60; None where the mask leaves no outside.
         balance: 0..10, the harmonic mean of 10 * completeness and 10 * preservation (the paper's GPT-Balance on exact
             numbers), 0 if either is 0.
     """
@@ -86,40 +89,45 @@ def check(
         regions: bool (H, W) each, the parts that all have to be done; None takes the connected parts of the mask.
 
     Raises:
-        ValueError: Shapes that differ, or a target that equals its source.
+        ValueError: Shapes that differ, an empty mask, or a region in which the target equals the source.
     """
     _check_shapes(source, target, result, mask)
     if regions is None:
         regions = connected_regions(mask)
-    before, after, got = (soften(picture) for picture in (source, target, result))
-    done = tuple(region_completeness(before[part], after[part], got[part]) for part in regions)
-    if not done:
-        raise ValueError("the mask is empty: a case of the exact checker needs a place where something changes")
-    stray = stray_share(before, after, got, mask)
-    completeness, preservation = float(np.mean(done)), 1 - float(np.sqrt(stray))
+    if not regions:
+        raise ValueError("the mask is empty: the exact checker needs a place where something changes")
+    before, after, got = (soften(picture, SOFTNESS) for picture in (source, target, result))
+    done = tuple(completeness(before[part], after[part], got[part]) for part in regions)
+    even = all(
+        completeness(before[part], after[part], got[part]) >= QUARTER
+        for region in regions
+        for part in quarters(region, before, after)
+    )
+    stray = float(stray_pixels(source, target, result, mask).mean())
+    mean, preservation = float(np.mean(done)), 1 - float(np.sqrt(stray))
     return Verdict(
-        success=min(done) >= DONE and stray <= UNTOUCHED,
-        completeness=completeness,
+        success=min(done) >= DONE and even and stray <= UNTOUCHED,
+        completeness=mean,
         regions=done,
         preservation=preservation,
         stray=stray,
         outside_psnr=outside_psnr(source, result, mask),
-        balance=harmonic_mean(10 * completeness, 10 * preservation),
+        balance=harmonic_mean(10 * mean, 10 * preservation),
     )
 
 
-def soften(picture: np.ndarray) -> np.ndarray:
-    """float32 (H, W, 3) in 0..255 after the filter of `SOFTNESS`."""
-    sigma = SOFTNESS * min(picture.shape[:2])
+def soften(picture: np.ndarray, softness: float) -> np.ndarray:
+    """float32 (H, W, 3) in 0..255 after a Gaussian of `softness` times the short side."""
+    sigma = softness * min(picture.shape[:2])
     return ndimage.gaussian_filter(picture.astype(np.float32), (sigma, sigma, 0), mode="nearest")
 
 
-def region_completeness(before: np.ndarray, after: np.ndarray, got: np.ndarray) -> float:
+def completeness(before: np.ndarray, after: np.ndarray, got: np.ndarray) -> float:
     """How much of the way from `before` to `after` a region has gone, float (N, 3) pixels each; 0 to 1.
 
-    The smaller of progress (projection on the way, going past the end counts against it) and closeness (1 - the error
-    beyond `NOISE`, relative to the length of the way). The source scores 0, the target 1, a half blend 0.5, a half of
-    the area 0.5 or less, and something else altogether little, however far it went.
+    The smaller of progress (projection on the way; going past the end counts against it) and closeness (1 - the error
+    beyond `NOISE`, relative to the length of the way). The source scores 0, the target 1, a half blend 0.5, and
+    something else altogether little, however far it went.
     """
     way, gone = after - before, got - before
     length = float(np.square(way).sum())
@@ -132,22 +140,47 @@ def region_completeness(before: np.ndarray, after: np.ndarray, got: np.ndarray) 
     return float(np.clip(min(progress, closeness), 0, 1))
 
 
-def stray_share(before: np.ndarray, after: np.ndarray, got: np.ndarray, mask: np.ndarray) -> float:
-    """Share of the frame that changed without being asked, from softened pictures.
+def quarters(region: np.ndarray, before: np.ndarray, after: np.ndarray) -> Iterator[np.ndarray]:
+    """The quarters of a region about its median row and column, those where something visible was asked."""
+    rows, columns = region.nonzero()
+    middle = np.median(rows), np.median(columns)
+    upper = np.arange(region.shape[0])[:, None] <= middle[0]
+    left = np.arange(region.shape[1])[None] <= middle[1]
+    for vertical in (upper, ~upper):
+        for horizontal in (left, ~left):
+            part = region & vertical & horizontal
+            if part.sum() >= 16 and np.sqrt(np.square(after[part] - before[part]).mean()) >= MIN_CHANGE:
+                yield part
+
+
+def visible_change(source: np.ndarray, target: np.ndarray, regions: Sequence[np.ndarray]) -> bool:
+    """True if the change of every region survives the checker's filter: else the case cannot be judged.
+
+    Sharpening, a slight blur or a thin needle on a like background are gone at this tolerance.
+    """
+    before, after = soften(source, SOFTNESS), soften(target, SOFTNESS)
+    return all(part.any() and np.sqrt(np.square(after[part] - before[part]).mean()) >= MIN_CHANGE for part in regions)
+
+
+def stray_pixels(source: np.ndarray, target: np.ndarray, result: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Where the picture changed without being asked, bool (H, W).
 
     Outside the mask: pixels far from the source. An edit of the whole picture has no outside; there a pixel strays that
     is far from every point between its source and its target.
     """
-    margin = 2 * SOFTNESS * min(mask.shape)  # what the filter carries across the border of the mask
-    grown = ndimage.distance_transform_edt(~mask) <= margin if mask.any() else mask
-    if grown.mean() >= WHOLE:
+    before, after, got = (soften(picture, STRAY_SOFTNESS) for picture in (source, target, result))
+    margin = 2 * STRAY_SOFTNESS * min(mask.shape)  # what the filter carries across the border of the mask
+    if mask.mean() >= WHOLE:
         way = after - before
         share = (way * (got - before)).sum(-1) / np.maximum(np.square(way).sum(-1), 1e-6)
         nearest = before + np.clip(share, 0, 1)[..., None] * way
-        strayed = _rms(got - nearest) > STRAY
+        far = _rms(got - nearest) > STRAY
     else:
-        strayed = (_rms(got - before) > STRAY) & ~grown
-    return float(strayed.mean())
+        far = (_rms(got - before) > STRAY) & (ndimage.distance_transform_edt(~mask) > margin)
+    labels, _ = ndimage.label(far)
+    large = np.bincount(labels.ravel()) >= STRAY_PATCH * mask.size
+    large[0] = False
+    return large[labels]
 
 
 def outside_psnr(source: np.ndarray, result: np.ndarray, mask: np.ndarray) -> float | None:
@@ -159,11 +192,10 @@ def outside_psnr(source: np.ndarray, result: np.ndarray, mask: np.ndarray) -> fl
 
 
 def connected_regions(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a mask, specks below 0.05 % of the frame left to their neighbours."""
+    """The connected parts of a mask; specks below 0.05 % of the frame are left out where there is anything larger."""
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     parts = [labels == number for number in range(1, count + 1)]
-    large = [part for part in parts if part.mean() >= 0.0005]
-    return large or ([mask] if mask.any() else [])
+    return [part for part in parts if part.mean() >= 0.0005] or parts[:1]
 
 
 def harmonic_mean(first: float, second: float) -> float:

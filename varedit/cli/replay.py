@@ -1,0 +1,154 @@
+"""`varedit replay`: make an edit again, or say what differs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from varedit.editing.manifest import Manifest
+    from varedit.editing.replay import Replay
+
+DIFFERS = 1
+"""Exit code of a replay that did not make the same picture."""
+
+
+def replay(
+    file: Annotated[
+        Path,
+        typer.Argument(help="An edited picture, its .varedit.json, or a session's folder.", show_default=False),
+    ],
+    input: Annotated[
+        Path | None,
+        typer.Option("--input", help="The picture that was edited.", show_default="the one of that name beside FILE"),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="The mask, if there was one.", show_default="as recorded, or beside FILE")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the new edit here.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub name.", show_default="the model in the package")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="the best at hand")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Precision.", show_default="the edit's")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
+) -> None:
+    """Make an edit again from its manifest: the same bits, or exactly what differs.
+
+    Exit code 0: the same picture; 1: it differs, or could not be made again, and why; 2: bad input.
+    """
+    if file.is_dir():
+        if input or mask or output:
+            raise ValueError("a session has its own inputs; --input, --mask and --output go with a single picture")
+        _replay_session(file, model, device, dtype)
+        return
+
+    from varedit.editing.manifest import SIDE_SUFFIX, read_manifest, save_with_manifest
+    from varedit.editing.replay import check_file, check_inputs, check_model
+    from varedit.editing.replay import replay as replay_edit
+    from varedit.editing.weights import identify_folder
+    from varedit.image_processor import check_output, load_image
+
+    manifest = read_manifest(file)
+    if manifest is None:
+        raise ValueError(f"{str(file)!r} has no manifest, and there is none beside it; it cannot be replayed")
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    source = load_image(input or _beside(file, manifest.input.get("name"), "input"))
+    area = _mask(manifest, file, mask, (source.width, source.height))
+    found = check_inputs(manifest, source, area) + check_model(manifest, identify_folder(model))
+    if found:
+        _tell(file, found, ())
+
+    pipeline = _load_like(manifest, model, device, dtype)
+    done = replay_edit(manifest, source, pipeline, area)
+    found = list(done.differences)
+    picture = file.with_name(file.name.removesuffix(SIDE_SUFFIX))
+    if done.same and done.result is not None and picture.is_file():
+        found += check_file(picture, done.result)
+    if output is not None and done.result is not None:
+        from varedit.editing.manifest import make_manifest
+
+        again = make_manifest(
+            done.result,
+            pipeline,
+            input_name=manifest.input.get("name"),
+            mask_name=(manifest.mask or {}).get("name"),
+        )
+        save_with_manifest(done.result.image, output, again, source, overwrite=overwrite)
+    _tell(file, found, done.notes)
+
+
+def _replay_session(folder: Path, model: str | None, device: str | None, dtype: str | None) -> None:
+    """Every step of a session, each from its parent's picture."""
+    from varedit.editing.replay import check_model
+    from varedit.editing.session import Session
+    from varedit.editing.weights import identify_folder
+
+    session = Session.open(folder)
+    if not session.steps:
+        raise ValueError(f"{str(folder)!r} has no steps yet; there is nothing to replay")
+    identity = identify_folder(model)
+    pipelines: dict[str, object] = {}
+    differing = 0
+    for number, step in sorted(session.steps.items()):
+        found, notes = check_model(step.manifest, identity), ()
+        if not found:
+            precision = dtype or step.manifest.device.get("dtype", "")
+            if precision not in pipelines:
+                pipelines[precision] = _load_like(step.manifest, model, device, dtype)
+            done: Replay = session.replay(pipelines[precision], number)  # type: ignore[arg-type]
+            found, notes = list(done.differences), done.notes
+        differing += bool(found)
+        typer.echo(f"step {number}: {'; '.join([*found, *notes]) if found else 'the same picture'}")
+    if differing:
+        raise typer.Exit(DIFFERS)
+
+
+def _beside(file: Path, name: str | None, what: str) -> Path:
+    path = file.with_name(Path(name).name) if name else None
+    if path is None or not path.is_file():
+        found = f"{name!r} is not beside it" if name else "its manifest does not name it"
+        raise ValueError(f"the {what} of {str(file)!r} is missing: {found}; pass --{what} FILE")
+    return path
+
+
+def _mask(manifest: "Manifest", file: Path, given: Path | None, size: tuple[int, int]) -> "Image.Image | None":
+    """The mask of an edit: given, or a recorded box, or the file of that name beside the picture."""
+    from varedit.editing.mask import box_mask, image_mask
+
+    if given is not None:
+        return image_mask(given, size)
+    if manifest.mask is None:
+        return None
+    box = manifest.mask.get("box")
+    if isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int) for edge in box):
+        return box_mask((box[0], box[1], box[2], box[3]), size)
+    return image_mask(_beside(file, manifest.mask.get("name"), "mask"), size)
+
+
+def _load_like(manifest: "Manifest", model: str | None, device: str | None, dtype: str | None):
+    """The model in the precision of the edit. Only where to find it is never taken from a file."""
+    from varedit.cli.edit import _load
+
+    recorded = manifest.device.get("dtype")
+    return _load(model, device, dtype or (recorded if recorded in ("float32", "bfloat16") else None))
+
+
+def _tell(file: Path, found: list[str], notes: tuple[str, ...]) -> None:
+    """Report; ends the command with exit code 1 where something differs."""
+    if not found:
+        typer.echo(f"{file}: the same picture, bit for bit")
+        if notes:
+            typer.echo(f"although {'; '.join(notes)}")
+        return
+    typer.echo(f"{file}: differs")
+    for line in (*found, *notes):
+        typer.echo(f"  {line}")
+    raise typer.Exit(DIFFERS)

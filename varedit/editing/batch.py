@@ -1,0 +1,332 @@
+"""Batches: many pictures and instructions, resumable, with one line of record each.
+
+A picture is written whole or not at all, then a line is appended to results.jsonl and flushed. So after a crash at any
+moment every line tells the truth, and a resumed batch does again only what has no line (or a file that no longer is
+what its line says). Each result is the same, bit for bit, as that of a single edit.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varedit.editing.durable import TEMPORARY
+from varedit.editing.edit import EditRequest, EditResult, Settings, apply_edits
+from varedit.editing.jobs import Job, group_jobs
+from varedit.editing.manifest import make_manifest, read_manifest, save_with_manifest
+from varedit.editing.mask import image_mask
+from varedit.editing.weights import ModelIdentity, identify, identify_folder
+from varedit.image_processor import load_image
+from varedit.pipeline import VAREditPipeline, load_pipeline
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.jsonl"
+_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # torch's out of memory is a RuntimeError
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How a batch runs. Everything here travels to other processes.
+
+    Attributes:
+        model, device, dtype: of `load_pipeline`; dtype by name. With several workers and no device, CUDA devices are
+            dealt out in turn.
+        settings: of every edit.
+        batch_size: pictures of one schedule in one call of the pipeline.
+        num_workers: processes, each with its own copy of the model.
+        num_threads: PyTorch threads of each process; None leaves PyTorch's own choice to a single worker and divides
+            the cores among several.
+        overwrite: replace existing outputs.
+    """
+
+    model: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    settings: Settings = field(default_factory=Settings)
+    batch_size: int = 1
+    num_workers: int = 1
+    num_threads: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+# ---------------------------------------------------------------- the record
+
+
+def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resume: bool = False) -> list[Job]:
+    """Ready the output folder and tell which jobs are still to be done.
+
+    Raises:
+        ValueError: a batch was here already and neither `resume` nor `overwrite` is set; it had other settings or
+            another model; a job's output exists and is not a leftover of this very job; the folder cannot be written.
+    """
+    results = folder / RESULTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if results.exists() and not resume:
+            if not options.overwrite:
+                raise ValueError(
+                    f"{str(results)!r} exists already; pass --resume to go on or --overwrite to start anew"
+                )
+            results.unlink()
+        done = _finished(folder, jobs) if resume else set()
+        for left in folder.rglob(TEMPORARY) if resume else ():
+            left.unlink()
+    except OSError as error:
+        raise ValueError(f"the output folder {str(folder)!r} cannot be used ({error.strerror})") from error
+    todo = [job for job in jobs if job.output not in done]
+    for job in todo:
+        target = folder / job.output
+        if target.exists() and not options.overwrite and not (resume and _is_leftover(target, job)):
+            raise ValueError(f"output {str(target)!r} exists already; pass --overwrite, or use another folder")
+    return todo
+
+
+def _finished(folder: Path, jobs: list[Job], options: BatchOptions) -> set[str]:
+    """Outputs that the record says are done, and that still are what it says."""
+    records = {record["output"]: record for record in read_results(folder)}
+    model = identify_folder(options.model)
+    for record in records.values():
+        if record["status"] == "ok" and record["settings"] != options.settings.to_json():
+            raise ValueError(f"{str(folder)!r} was begun with other settings; repeat them, or start anew elsewhere")
+        if record["status"] == "ok" and model and record["model"] != model.sha256:
+            raise ValueError(f"{str(folder)!r} was begun with another model; name that one, or start anew elsewhere")
+    return {job.output for job in jobs if job.output in records and _holds(folder, job, records[job.output])}
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The record of a batch, a line a job. A last line that a crash tore is cut off the file.
+
+    Raises:
+        ValueError: a damaged line; the message names it.
+    """
+    results = folder / RESULTS
+    if not results.exists():
+        return []
+    content = results.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with open(results, "rb+") as file:
+            file.truncate(len(whole))
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            missing = {"output", "status", "settings", "model"} - set(record)
+        except (ValueError, TypeError):
+            missing = {"everything"}
+        if missing:
+            raise ValueError(f"{str(results)!r} line {number} is damaged; remove it to do its job again")
+        records.append(record)
+    return records
+
+
+def _holds(folder: Path, job: Job, record: dict[str, Any]) -> bool:
+    asked = job.to_json()
+    same = all(record.get(name) == asked[name] for name in ("image", "instruction", "seed", "mask"))
+    if record["status"] != "ok" or not same:
+        return False
+    try:
+        return _file_sha256(folder / job.output) == record.get("sha256")
+    except OSError:
+        return False
+
+
+def _is_leftover(target: Path, job: Job) -> bool:
+    """Whether a file was written for this job by a batch that ended before it could record it."""
+    try:
+        manifest = read_manifest(target)
+    except ValueError:
+        return False
+    if manifest is None:
+        return False
+    made = (manifest.instruction, manifest.seed, manifest.input.get("name"))
+    return made == (job.instruction, job.seed, job.image.name)
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- running
+
+
+def run_batch(
+    jobs: list[Job],
+    folder: Path,
+    options: BatchOptions | None = None,
+    *,
+    on_result: Callable[[dict[str, Any]], None] | None = None,
+    run: "Callable[[list[list[Job]], Path, BatchOptions], Iterator[list[dict[str, Any]]]] | None" = None,
+) -> list[dict[str, Any]]:
+    """Do the jobs and record each.
+
+    Args:
+        jobs: of `read_jobs`, less what `prepare_output` found done.
+        on_result: told each record as it is made.
+        run: where chunks of jobs are done; None is this machine, `ray_batch.run_on_ray` a cluster.
+
+    Returns:
+        The records, one a job, in the order of completion: job, status "ok" or "failed", error, sha256 of the file.
+    """
+    options = options or BatchOptions()
+    chunks = group_jobs(jobs, options.settings.size or 512, options.batch_size)
+    records = []
+    (folder / RESULTS).touch()
+    with open(folder / RESULTS, "ab") as file:
+        for done in (run or run_here)(chunks, folder, options):
+            for record in done:
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                records.append(record)
+                if on_result:
+                    on_result(record)
+    return records
+
+
+def run_here(chunks: list[list[Job]], folder: Path, options: BatchOptions) -> Iterator[list[dict[str, Any]]]:
+    """Do the chunks in this process, or in `num_workers` others."""
+    if options.num_workers == 1:
+        worker = Worker(folder, options)
+        for chunk in chunks:
+            yield worker(chunk)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    ranks = context.SimpleQueue()
+    for rank in range(options.num_workers):
+        ranks.put(rank)
+    with ProcessPoolExecutor(options.num_workers, context, _start_worker, (ranks, folder, options)) as pool:
+        try:
+            futures = {pool.submit(_work, chunk): chunk for chunk in chunks}
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    reason = "a worker process died, perhaps for lack of memory; use fewer workers and --resume"
+                    yield [_record(job, options) | _failure(reason) for job in futures[future]]
+        finally:  # also when interrupted
+            pool.shutdown(cancel_futures=True)
+
+
+_worker: "Worker | Exception | None" = None  # of a worker process: its worker, or why it has none
+
+
+def _start_worker(ranks: Any, folder: Path, options: BatchOptions) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    try:
+        _worker = Worker(folder, options, ranks.get())
+    except _FAILURES as error:  # raised by the first piece of work: here it would only break the pool, unexplained
+        _worker = error
+
+
+def _exit_with_parent() -> None:
+    """A pool's processes wait for work for ever when the process that started them is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work(chunk: list[Job]) -> list[dict[str, Any]]:
+    if isinstance(_worker, Exception):
+        raise _worker
+    assert _worker is not None
+    return _worker(chunk)
+
+
+class Worker:
+    """Holds a model and does chunks of jobs; one a process."""
+
+    def __init__(self, folder: Path, options: BatchOptions, rank: int = 0) -> None:
+        import diffusers
+        import transformers
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        threads = options.num_threads
+        if threads is None and options.num_workers > 1:
+            threads = max(1, torch.get_num_threads() // options.num_workers)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = options.device
+        if device is None and options.num_workers > 1 and torch.cuda.is_available():
+            device = f"cuda:{rank % torch.cuda.device_count()}"
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        self.folder = folder
+        self.options = options
+        self.pipeline: VAREditPipeline = load_pipeline(options.model, device, dtype)
+        self.model: ModelIdentity = identify(self.pipeline)
+
+    def __call__(self, chunk: list[Job]) -> list[dict[str, Any]]:
+        """The records of a chunk. What fails, fails by itself."""
+        records, ready = [], []
+        for job in chunk:
+            try:
+                ready.append((job, _request(job)))
+            except _FAILURES as error:
+                records.append(self._failed(job, error))
+        try:
+            results = apply_edits(self.pipeline, [request for _, request in ready], self.options.settings)
+        except _FAILURES as error:
+            if len(ready) > 1:  # one by one: the others are not to blame
+                logger.info("%d pictures did not run together (%s): one by one", len(ready), error)
+                return records + [record for job, _ in ready for record in self([job])]
+            return records + [self._failed(job, error) for job, _ in ready]
+        return records + [self._save(job, result) for (job, _), result in zip(ready, results)]
+
+    def _save(self, job: Job, result: EditResult) -> dict[str, Any]:
+        mask_name = job.mask.name if job.mask else None
+        try:
+            manifest = make_manifest(
+                result, self.pipeline, input_name=job.image.name, mask_name=mask_name, model=self.model
+            )
+            target = self.folder / job.output
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # What was here and must not be replaced was refused before the start: see prepare_output.
+            save_with_manifest(result.image, target, manifest, result.source, overwrite=True)
+            done = {"status": "ok", "error": None, "change": manifest.change, "sha256": _file_sha256(target)}
+            return self._record(job) | done
+        except _FAILURES as error:
+            return self._failed(job, error)
+
+    def _failed(self, job: Job, error: Exception) -> dict[str, Any]:
+        return self._record(job) | _failure(error)
+
+    def _record(self, job: Job) -> dict[str, Any]:
+        return _record(job, self.options) | {"model": self.model.sha256}
+
+
+def _request(job: Job) -> EditRequest:
+    source = load_image(job.image)
+    mask = None if job.mask is None else image_mask(job.mask, (source.width, source.height))
+    return EditRequest(source, job.instruction, job.seed, mask)
+
+
+def _record(job: Job, options: BatchOptions) -> dict[str, Any]:
+    return job.to_json() | {"settings": options.settings.to_json(), "model": None}
+
+
+def _failure(error: Exception | str) -> dict[str, Any]:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return {"status": "failed", "error": reason, "change": None, "sha256": None}

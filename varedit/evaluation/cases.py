@@ -1,0 +1,333 @@
+"""What is evaluated: cases, the procedural benchmark, and a folder or JSON lines of one's own.
+
+A case is read when it is used: pictures are paths or functions until then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+Picture = Path | np.ndarray | Callable[[], np.ndarray]
+"""A file, uint8 (height, width, 3), or a function that returns such an array."""
+
+Fit = Literal["resize", "corner", "keep"]
+"""What happens to a result of the wrong size: Lanczos to the source's size, the bottom right corner of the source's
+size (PIE-Bench's reference, for collages) and then as "resize", or nothing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit to be done and judged.
+
+    Attributes:
+        key: unique in the benchmark and usable as a file name.
+        source: what is edited; for a later turn of a chain the recorded source, see `previous`.
+        edit_type: the benchmark's own name of the kind of edit.
+        target: the known answer, if there is one. mask: True (white) where pixels may change, if known.
+        regions: the parts that all have to be done, bool (H, W) each; only where the answer is exact.
+        source_caption, target_caption: captions before and after; empty if unknown.
+        previous: key of the case whose result is edited here (chained turns); None edits `source`.
+        extra: what else the benchmark knows, as plain JSON values.
+    """
+
+    key: str
+    instruction: str
+    source: Picture
+    edit_type: str = ""
+    target: Picture | None = None
+    mask: Picture | None = None
+    regions: Callable[[], list[np.ndarray]] | None = None
+    source_caption: str = ""
+    target_caption: str = ""
+    previous: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Cases with the way they are scored.
+
+    Attributes:
+        name: as in `varedit evaluate run --benchmark`.
+        cases: in the order in which they are generated.
+        metrics: names of the scores that the benchmark's reference reports, see `scores.METRICS`.
+        settings: how the cases were read; part of the protocol.
+        fit: what happens to results of the wrong size.
+        problems: rows that could not be read: (key or row, reason).
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    metrics: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    fit: Fit = "resize"
+    problems: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for case in self.cases:
+            if case.key in seen:
+                raise ValueError(f"benchmark {self.name} has two cases {case.key!r}: make the keys unique")
+            seen.add(case.key)
+
+    def first(self, limit: int | None) -> Benchmark:
+        """The first `limit` cases; None keeps all.
+
+        Raises:
+            ValueError: a limit below 1.
+        """
+        if limit is None:
+            return self
+        if limit < 1:
+            raise ValueError(f"limit is {limit}: use at least 1")
+        return replace(self, cases=self.cases[:limit])
+
+
+def read_picture(picture: Picture) -> np.ndarray:
+    """The pixels, uint8 (height, width, 3).
+
+    Raises:
+        ValueError: a file that is missing or no picture, by name.
+    """
+    if isinstance(picture, Path):
+        from varedit.image_processor import load_image
+
+        return np.asarray(load_image(picture).rgb)
+    pixels = picture() if callable(picture) else picture
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise ValueError(f"picture is {pixels.dtype} {pixels.shape}: use uint8 (height, width, 3)")
+    return pixels
+
+
+def read_mask(mask: Picture, size: tuple[int, int]) -> np.ndarray:
+    """bool (height, width), True where pixels may change; a file is white there.
+
+    Raises:
+        ValueError: unreadable, or of another size than `size` (height, width).
+    """
+    if isinstance(mask, Path):
+        try:
+            with Image.open(mask) as image:
+                pixels = np.asarray(image.convert("L")) > 127
+        except OSError as error:
+            raise ValueError(f"mask {mask} cannot be read: {error}") from error
+    else:
+        pixels = mask() if callable(mask) else mask
+    if pixels.shape != size or pixels.dtype != bool:
+        raise ValueError(f"mask is {pixels.dtype} {pixels.shape}, its picture {size}: they must have one size")
+    return pixels
+
+
+def file_key(*parts: object) -> str:
+    """A key usable as a file name, from anything printable; a digest keeps apart what only differs in other signs."""
+    text = "_".join(str(part) for part in parts)
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80]
+    return clean if clean == text else f"{clean}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def picture_digest(pixels: np.ndarray) -> str:
+    """Hash of the pixels and their shape."""
+    return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
+
+
+# ---- the procedural benchmark ----------------------------------------------------------------------------------------
+
+PROCEDURAL_SEED = 2024
+PROCEDURAL_CASES = 300
+
+
+class _Procedural:
+    """Pairs of the test split of the procedural world, drawn again whenever they are read (30 ms each)."""
+
+    def __init__(self, data: Path | None, size: int) -> None:
+        from varedit.data.synthetic import World
+        from varedit.data.synthetic.scene import Renderer
+
+        objects, photos = (
+            data / name if data is not None and (data / name).is_dir() else None for name in ("objects", "photos")
+        )
+        if data is not None and objects is None and photos is None:
+            raise ValueError(f"data folder {data} has neither objects/ nor photos/; leave --data out to draw everything")
+        self.settings = {"objects": objects is not None, "photos": photos is not None, "size": size}
+        self.world = World(objects=objects, photos=photos, split="test", size=size)
+        self._renderer = Renderer(objects, None, "test", self.world.height, self.world.width)
+        self.pair = lru_cache(maxsize=4)(partial(self.world.pair, PROCEDURAL_SEED))
+
+    def picture(self, index: int, role: str) -> np.ndarray:
+        return getattr(self.pair(index), role)
+
+    def regions(self, index: int) -> list[np.ndarray]:
+        """The parts that have to be done, read off the two scene graphs: bool (H, W) each.
+
+        Old and new place of every object that differs; then the background and, under a change of the whole picture,
+        everything else.
+        """
+        from varedit.data.synthetic.scene import Item
+
+        pair, footprint = self.pair(index), self._renderer.footprint
+        before, after = (
+            tuple(Item(**item) for item in graph["objects"]) for graph in (pair.scene, pair.target_scene)
+        )
+        regions = [footprint((item,)) for item in before if item not in after]
+        regions += [footprint((item,)) for item in after if item not in before]
+        regions = _distinct(regions)
+        rest = ~np.any([np.zeros_like(pair.mask), *regions], axis=0)
+        if pair.scene["filters"] != pair.target_scene["filters"]:
+            regions.append(rest)
+        elif pair.scene["background"] != pair.target_scene["background"]:
+            regions.append(rest & ~footprint(after, opaque=True))
+        return regions
+
+
+def _distinct(regions: list[np.ndarray]) -> list[np.ndarray]:
+    """A recoloured object has one footprint, not two."""
+    found: list[np.ndarray] = []
+    for region in regions:
+        if not any(np.array_equal(region, other) for other in found):
+            found.append(region)
+    return found
+
+
+def procedural(data: Path | None = None, size: int = 128, limit: int | None = None) -> Benchmark:
+    """The procedural benchmark: held-out scenes, objects and phrasings with exact answers.
+
+    Args:
+        data: folder with objects/ (cut-outs) and photos/; None draws everything.
+        size: size class of the pictures.
+        limit: number of cases; None takes `PROCEDURAL_CASES`.
+
+    Cases whose change vanishes under the checker's filter are passed over; their number is in the settings.
+
+    Raises:
+        ValueError: a folder without objects and photos, an unknown size, a limit below 1.
+    """
+    from varedit.evaluation.checker import visible_change
+
+    wanted = PROCEDURAL_CASES if limit is None else limit
+    if wanted < 1:
+        raise ValueError(f"limit is {wanted}: use at least 1")
+    reader = _Procedural(data, size)
+    cases: list[Case] = []
+    index, passed_over = 0, 0
+    while len(cases) < wanted:
+        pair = reader.pair(index)
+        if visible_change(pair.source, pair.target, reader.regions(index)):
+            cases.append(_procedural_case(reader, index))
+        else:
+            passed_over += 1
+        index += 1
+    settings = reader.settings | {"seed": PROCEDURAL_SEED, "not_visible": passed_over}
+    metrics = ("success", "completeness", "preservation", "stray", "balance", "outside_psnr")
+    return Benchmark("procedural", tuple(cases), metrics, settings)
+
+
+def _procedural_case(reader: _Procedural, index: int) -> Case:
+    pair = reader.pair(index)
+    source, target, mask = (partial(reader.picture, index, role) for role in ("source", "target", "mask"))
+    return Case(
+        key=f"{index:05d}",
+        instruction=pair.instruction,
+        source=source,
+        edit_type=pair.edit_type,
+        target=target,
+        mask=mask,
+        regions=partial(reader.regions, index),
+        source_caption=pair.source_caption,
+        target_caption=pair.target_caption,
+        extra={"edit": pair.target_scene["edit"], "held_out": list(pair.held_out)},
+    )
+
+
+# ---- one's own -------------------------------------------------------------------------------------------------------
+
+_OWN_FIELDS = ("source", "instruction", "target", "mask", "key", "type", "source_caption", "target_caption", "previous")
+
+
+def own(path: Path) -> Benchmark:
+    """A folder that `varedit data synth` or `write_folder` wrote, or a JSON lines file of one's own.
+
+    A line of the file: {"source": "a.png", "instruction": "make it red"} and, if known, "target", "mask" (white where
+    pixels may change), "type", "key", "source_caption", "target_caption", "previous" (key of the case whose result is
+    edited). Paths are relative to the file.
+
+    Raises:
+        ValueError: no such file or no readable line.
+    """
+    if path.is_dir():
+        return _records(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"benchmark {str(path)!r} cannot be read; use a known name, a folder or a .jsonl file ({error})") from error
+    cases, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            cases.append(_own_case(json.loads(line), path.parent, number))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append((f"line {number}", f"{type(error).__name__}: {error}"))
+    if not cases:
+        raise ValueError(f"{path} has no usable line: {problems[0] if problems else 'it is empty'}")
+    return Benchmark("own", tuple(cases), own_metrics(cases), {"exact": False}, problems=tuple(problems))
+
+
+def _own_case(row: dict[str, Any], folder: Path, number: int) -> Case:
+    if not isinstance(row, dict) or not row.get("source") or not row.get("instruction"):
+        raise ValueError("a line needs source and instruction")
+    unknown = set(row) - set(_OWN_FIELDS)
+    if unknown:
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}; use {', '.join(_OWN_FIELDS)}")
+    return Case(
+        key=file_key(row.get("key", f"{number:05d}")),
+        instruction=str(row["instruction"]),
+        source=folder / row["source"],
+        edit_type=str(row.get("type", "")),
+        target=folder / row["target"] if row.get("target") else None,
+        mask=folder / row["mask"] if row.get("mask") else None,
+        source_caption=str(row.get("source_caption", "")),
+        target_caption=str(row.get("target_caption", "")),
+        previous=file_key(row["previous"]) if row.get("previous") else None,
+    )
+
+
+def _records(folder: Path) -> Benchmark:
+    from varedit.data.record import read_folder
+
+    cases = [
+        Case(
+            key=f"{number:05d}",
+            instruction=record.instruction,
+            source=record.source,
+            edit_type=record.edit_type,
+            target=record.target,
+            mask=record.mask,
+            source_caption=str(record.extra.get("source_caption", "")),
+            target_caption=str(record.extra.get("target_caption", "")),
+        )
+        for number, record in enumerate(read_folder(folder))
+    ]
+    if not cases:
+        raise ValueError(f"{folder} has no pairs")
+    return Benchmark("own", tuple(cases), own_metrics(cases), {"exact": False})
+
+
+def own_metrics(cases: Iterable[Case]) -> tuple[str, ...]:
+    """The scores that need no model and that every case has the pictures for."""
+    cases = list(cases)
+    metrics = ["l1_source"]
+    if all(case.target is not None for case in cases):
+        metrics += ["l1", "l2"]
+    if all(case.mask is not None for case in cases):
+        metrics += ["psnr", "mse", "stray"]
+    return tuple(metrics)
