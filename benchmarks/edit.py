@@ -73,21 +73,14 @@ def main(
     for _ in range(repeats):
         steps: list[ScaleStep] = []
         started = time.monotonic()
-        pipeline(
-            image,
-            **request,
-            size=size,
-            seed=0,
-            guidance_scale=guidance_scale,
-            callback_on_scale=lambda s: steps.append(s),
-        )
+        pipeline(image, **request, size=size, seed=0, guidance_scale=guidance_scale, callback_on_scale=steps.append)
         rows.append([*(step.seconds for step in steps), time.monotonic() - started])
     median = np.median(rows, axis=0)
     lines = [
         f"# One edit: {preset or model}, {size} pixels, {dtype}, guidance {guidance_scale:g}",
         "",
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
-        f"device {device}. Median of {repeats}.",
+        f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, device {device}. "
+        f"Median of {repeats}.",
         "",
         f"- parameters: {sum(p.numel() for p in pipeline.transformer.parameters()) / 1e9:.2f} G transformer, "
         f"{sum(p.numel() for p in pipeline.image_tokenizer.parameters()) / 1e9:.3f} G image tokenizer",

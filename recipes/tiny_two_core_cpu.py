@@ -328,11 +328,13 @@ def evaluate(
     pipeline.set_progress_bar_config(disable=True)
     image_tokenizer, rows, strips = pipeline.image_tokenizer, [], []
     ratios = {ratio: round(count * share / sum(ASPECTS.values())) for ratio, share in ASPECTS.items()}
+    first_index = 0
     for ratio, number in ratios.items():
         schedule = scale_schedule(SIZE, ratio)
         world = World(objects=objects, photos=photos, split="test", size=SIZE, height_over_width=ratio)
-        for first in range(0, number, batch_size):
-            pairs = [world.pair(seed, index) for index in range(first, min(first + batch_size, number))]
+        for first in range(first_index, first_index + number, batch_size):
+            last = min(first + batch_size, first_index + number)
+            pairs = [world.pair(seed, index) for index in range(first, last)]
             batch = to_batch(pairs, schedule)
             output = pipeline(
                 [pair.source for pair in pairs], [pair.instruction for pair in pairs], seed=list(range(len(pairs))),
@@ -347,6 +349,7 @@ def evaluate(
                 scores = edit_scores(pair, decoded[0][index], decoded[1][index], result)
                 rows.append({"type": pair.edit_type, "held_out": list(pair.held_out), **scores})
                 strips.append((pair, np.concatenate([pair.source, decoded[0][index], result, decoded[1][index]], 1)))
+        first_index += number
     report(rows)
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)

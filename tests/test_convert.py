@@ -3,6 +3,7 @@
 The files are tiny random models of ours under the released names, so that this needs no recorded vectors.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -398,6 +399,12 @@ def test_pickle_with_code_among_pieces_is_refused_unexecuted(transformer, files,
     torch.save({"payload": Payload(marker)}, folder / "model-00002-of-00002.bin")
     refused(files | {"transformer": folder}, tmp_path, "model-00002-of-00002.bin", "executed")
     assert not marker.exists()
+
+
+def test_a_command_line_kept_beside_the_weights_is_no_obstacle(files, tmp_path):
+    state = torch.load(files["transformer"], weights_only=True)
+    torch.save({"args": argparse.Namespace(depth=2), "trainer": {"gpt_fsdp": state}}, files["transformer"])
+    assert convert(**files, output=tmp_path / "out").is_dir()
 
 
 def corrupt(how, path):

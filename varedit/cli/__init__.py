@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from varedit import __version__
-from varedit.cli import batch, convert, data, doctor, edit, replay, session
+from varedit.cli import batch, convert, data, doctor, edit, evaluate, replay, session, train
 
 app = typer.Typer(
     name="varedit",
@@ -26,6 +26,8 @@ app.add_typer(session.app, name="session")
 app.command()(replay.replay)
 app.command()(convert.convert)
 app.add_typer(data.app, name="data")
+app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="evaluate")
 app.command()(doctor.doctor)
 
 # What the command line parser raises on unknown options, missing arguments and values of the wrong type.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from varedit.data.record import Record
 
@@ -32,6 +32,8 @@ FAULTS: tuple[str, ...] = get_args(Fault)
 
 # What decoders raise on damaged files; `Record.arrays` turns only OSError into ValueError.
 READ_ERRORS = (ValueError, OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
+
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 MIN_ITEMS = 200  # before that, one fault is too large a fraction to stop for
 LOGGED = 20  # faults named in the log one by one; all of them are counted
@@ -107,7 +109,7 @@ def texts_of(value: Any, what: str = "instruction") -> tuple[str, ...]:
 
 
 def image_hw(picture: Picture) -> tuple[int, int]:
-    """Height and width of a picture in pixels, from its header alone.
+    """Height and width of a picture in pixels as it is seen (EXIF orientation obeyed), from its header alone.
 
     Raises:
         FaultError: "missing image" or "unreadable image".
@@ -116,13 +118,33 @@ def image_hw(picture: Picture) -> tuple[int, int]:
         return int(picture.shape[0]), int(picture.shape[1])
     try:
         with Image.open(picture) as image:
-            return image.height, image.width
-    except FileNotFoundError as error:
-        raise FaultError("missing image", f"{picture} does not exist") from error
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            return (image.width, image.height) if turned else (image.height, image.width)
     except READ_ERRORS as error:
-        # Pillow names a stream by its address in memory, which says nothing to anyone.
-        reason = "no picture format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise FaultError("unreadable image", f"{picture}: {reason}") from error
+        raise _named(picture, error) from error
+
+
+def pixels_of(picture: Picture) -> np.ndarray:
+    """A picture as it is seen, uint8 (height, width, 3).
+
+    Raises:
+        FaultError: "missing image" or "unreadable image".
+    """
+    if isinstance(picture, np.ndarray):
+        return picture
+    try:
+        with Image.open(picture) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except READ_ERRORS as error:
+        raise _named(picture, error) from error
+
+
+def _named(picture: Picture, error: Exception) -> FaultError:
+    if isinstance(error, FileNotFoundError):
+        return FaultError("missing image", f"{picture} does not exist")
+    # Pillow names a stream by its address in memory, which says nothing to anyone.
+    reason = "no picture format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    return FaultError("unreadable image", f"{picture}: {reason}")
 
 
 def checked_record(

@@ -82,11 +82,9 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
         folder.mkdir(parents=True, exist_ok=True)
         if results.exists() and not resume:
             if not options.overwrite:
-                raise ValueError(
-                    f"{str(results)!r} exists already; pass --resume to go on or --overwrite to start anew"
-                )
+                raise ValueError(f"{str(results)!r} exists already; pass --resume to go on, --overwrite to start anew")
             results.unlink()
-        done = _finished(folder, jobs) if resume else set()
+        done = _finished(folder, jobs, options) if resume else set()
         for left in folder.rglob(TEMPORARY) if resume else ():
             left.unlink()
     except OSError as error:

@@ -30,7 +30,7 @@ GUIDE_CONTRAST = 10.0
 MAX_EVIDENCE = 6.0
 """Scores beyond this count as this much, so that one strong pixel does not carry its neighbours."""
 
-LOW_SHARE = 0.7
+LOW_SHARE = 0.65
 """`Calibration.low` as a share of `high`. Lower keeps more of an edit's faint border and more noise beside it."""
 
 MIN_AREA = 0.0006
@@ -263,7 +263,8 @@ def calibrate(
     Args:
         differences: of do-nothing edits; or of local edits with known masks.
         ignore: bool (H, W) each, pixels to leave out: the known mask, grown by the reach of the decoder.
-        false_alarm: share of do-nothing edits in which a seed may be found all the same.
+        false_alarm: share of do-nothing edits in which a seed may be found all the same. Edits with masks also stray
+            in earnest: give about the share that does, or the threshold rises until none is seen.
 
     Raises:
         ValueError: no differences, or all pixels ignored.
@@ -276,9 +277,10 @@ def calibrate(
         np.concatenate([getattr(d, name)[keep] for d, keep in zip(differences, kept)]).astype(np.float64)
         for name in ("pixel_HW", "contrast_HW", "token_HW")
     )
-    # Groups of equal size and of one contrast: a few outliers do not rule the fit.
+    # Medians of groups of equal size and of one contrast: edits that strayed far do not rule the fit. The median of a
+    # squared error of two to three independent channels is about 0.7 of its mean.
     groups = np.array_split(np.argsort(contrasts), min(20, len(contrasts)))
-    mean_square = np.array([np.mean(pixels[group] ** 2) for group in groups])
+    mean_square = np.array([np.median(pixels[group] ** 2) / 0.7 for group in groups])
     contrast = np.array([np.mean(contrasts[group]) for group in groups])
     slope, floor_square = np.polyfit(contrast, mean_square, 1) if np.ptp(contrast) > 0.1 else (0.0, mean_square.mean())
     base = Calibration(
@@ -289,7 +291,7 @@ def calibrate(
     scores = [d.score(base)[keep] for d, keep in zip(differences, kept)]
     # The level at which each edit still has enough pixels for a seed.
     peaks = [np.sort(s)[-min(len(s), _seed_pixels(d.pixel_HW.size))] for s, d in zip(scores, differences) if len(s)]
-    high = float(max(np.quantile(peaks, 1 - false_alarm), 1.5))
+    high = float(np.clip(np.quantile(peaks, 1 - false_alarm), 1.5, 0.75 * MAX_EVIDENCE))
     return replace(base, high=high, low=LOW_SHARE * high)
 
 

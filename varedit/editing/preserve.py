@@ -92,11 +92,14 @@ def preserve(
                 f"the {name} of {image.width} x {image.height} pixels must have the input's {size[0]} x {size[1]}"
             )
     if mode == "off" or strength == 0:
-        output = _under_mask(pixels, edited, mask)
+        scale = np.iinfo(pixels.dtype).max // 255
+        output = np.asarray(edited.convert("RGB")).astype(pixels.dtype) * pixels.dtype.type(scale)
     elif change.kind == "none" and strength == 1:
         output = pixels.copy()
     else:
-        output = _compose(pixels, change, opacity(change, mode, strength), mask)
+        output = _compose(pixels, change, opacity(change, mode, strength))
+    if mask is not None:
+        _lock_outside(output, pixels, mask)
     return output if isinstance(original, np.ndarray) else Image.fromarray(output)
 
 
@@ -155,7 +158,7 @@ def _gains(source: np.ndarray, result: np.ndarray, labels: np.ndarray, noise: fl
         inside = labels == label
         gain[inside] = _regress(cross[inside].mean(0), moment[inside].mean(0), np.eye(3), 0.5 * noise)
         rest = np.square(wanted[inside] - np.einsum("nij,nj->ni", gain[inside], detail[inside])).mean()
-        gain[inside] *= _explained(rest, np.square(wanted[inside]).mean(), noise)
+        gain[inside] *= _explained(rest, np.square(wanted[inside]).mean(), noise) ** 2
     changed = (labels > 0)[..., None, None]
     for sigma in (6.0, 2.5):
         blur = (sigma, sigma, 0, 0)
@@ -163,7 +166,7 @@ def _gains(source: np.ndarray, result: np.ndarray, labels: np.ndarray, noise: fl
         rest = np.square(wanted - np.einsum("hwij,hwj->hwi", finer, detail)).mean(-1)
         energy = np.square(wanted).mean(-1)
         share = _explained(ndimage.gaussian_filter(rest, sigma), ndimage.gaussian_filter(energy, sigma), noise)
-        gain = np.where(changed, finer * share[..., None, None], gain)
+        gain = np.where(changed, finer * np.square(share)[..., None, None], gain)
     return gain
 
 
@@ -205,12 +208,9 @@ def _settle(
 # ---------------------------------------------------------------- at the input's resolution
 
 
-def _compose(pixels: np.ndarray, change: ChangeMap, shown: np.ndarray, mask: Image.Image | None) -> np.ndarray:
+def _compose(pixels: np.ndarray, change: ChangeMap, shown: np.ndarray) -> np.ndarray:
     """The input with the edit laid over it by `shown`, band by band."""
-    base = pixels[ORIENTATIONS[change.orientation]]
-    output = base.copy()
-    if mask is not None and change.orientation != "same":
-        output = pixels.copy()
+    output = pixels[ORIENTATIONS[change.orientation]].copy()
     moved = transfer(change)
     fields = np.concatenate([moved.result_HW3, moved.source_HW3], -1)
     gains = moved.gain_HW33.reshape(*shown.shape, 9)
@@ -220,21 +220,13 @@ def _compose(pixels: np.ndarray, change: ChangeMap, shown: np.ndarray, mask: Ima
     levels = np.float32(np.iinfo(pixels.dtype).max / 255)
     for rows, columns in _tiles(linear, shown):
         alpha = linear(shown[..., None], rows, columns)
-        own = base[rows, columns]
-        if mask is not None:
-            covered = np.asarray(mask.crop((columns.start, rows.start, columns.stop, rows.stop)), np.float32)
-            alpha = alpha * (covered / 255)[..., None]
-        if not alpha.any():
-            continue
-        own_levels = own / levels
+        own = output[rows, columns] / levels
         large = smooth(fields, rows, columns)
-        detail = own_levels - large[..., 3:]
+        edit, detail = large[..., :3], own - large[..., 3:]
         gain = linear(gains, rows, columns)
-        edit = large[..., :3]
         for channel in range(3):
             edit[..., channel] += (gain[..., 3 * channel : 3 * channel + 3] * detail).sum(-1)
-        under = own_levels if mask is None else pixels[rows, columns] / levels
-        mixed = under + alpha * (np.clip(edit, 0, 255) - under)
+        mixed = own + alpha * (np.clip(edit, 0, 255) - own)
         rounded = np.rint(mixed * levels).astype(pixels.dtype)
         output[rows, columns] = np.where(alpha > 0, rounded, output[rows, columns])
     return output
@@ -303,12 +295,13 @@ def _pixels(original: _Picture) -> np.ndarray:
     return original
 
 
-def _under_mask(pixels: np.ndarray, edited: Image.Image, mask: Image.Image | None) -> np.ndarray:
-    """The edit as it is, in the input's type; under a mask faded into the input."""
-    scale = np.iinfo(pixels.dtype).max // 255
-    edit = np.asarray(edited.convert("RGB")).astype(pixels.dtype) * pixels.dtype.type(scale)
-    if mask is None:
-        return edit
-    alpha = (np.asarray(mask, np.float32) / 255)[..., None]
-    mixed = np.rint(pixels + alpha * (edit.astype(np.float32) - pixels)).astype(pixels.dtype)
-    return np.where(alpha > 0, mixed, pixels)
+def _lock_outside(output: np.ndarray, pixels: np.ndarray, mask: Image.Image) -> None:
+    """Fade the output into the input by the mask, in place: the input itself where the mask is 0."""
+    step = max(1, _BAND_PIXELS // pixels.shape[1])
+    for top in range(0, pixels.shape[0], step):
+        rows = slice(top, top + step)
+        box = (0, top, mask.width, min(top + step, mask.height))
+        alpha = np.asarray(mask.crop(box), np.float32)[..., None] / 255
+        own = pixels[rows].astype(np.float32)
+        mixed = np.rint(own + alpha * (output[rows] - own)).astype(pixels.dtype)
+        output[rows] = np.where(alpha > 0, mixed, pixels[rows])

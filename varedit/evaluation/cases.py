@@ -20,9 +20,9 @@ from PIL import Image
 Picture = Path | np.ndarray | Callable[[], np.ndarray]
 """A file, uint8 (height, width, 3), or a function that returns such an array."""
 
-Fit = Literal["resize", "corner", "keep"]
-"""What happens to a result of the wrong size: Lanczos to the source's size, the bottom right corner of the source's
-size (PIE-Bench's reference, for collages) and then as "resize", or nothing."""
+Fit = Literal["resize", "bicubic", "corner"]
+"""What happens to a result of the wrong size: Lanczos or bicubic (MagicBrush) to the size it is compared at, or the
+bottom right corner of a collage (PIE-Bench) and else as "resize"."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Case:
         regions: the parts that all have to be done, bool (H, W) each; only where the answer is exact.
         source_caption, target_caption: captions before and after; empty if unknown.
         previous: key of the case whose result is edited here (chained turns); None edits `source`.
+        scored: False for turns that are only there to be followed.
         extra: what else the benchmark knows, as plain JSON values.
     """
 
@@ -50,6 +51,7 @@ class Case:
     source_caption: str = ""
     target_caption: str = ""
     previous: str | None = None
+    scored: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,6 +66,7 @@ class Benchmark:
         settings: how the cases were read; part of the protocol.
         fit: what happens to results of the wrong size.
         problems: rows that could not be read: (key or row, reason).
+        notes: what a reader wants to be known, such as how many rows were left out; not part of the protocol.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Benchmark:
     settings: dict[str, Any] = field(default_factory=dict)
     fit: Fit = "resize"
     problems: tuple[tuple[str, str], ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -140,7 +144,7 @@ def picture_digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
 
-# ---- the procedural benchmark ----------------------------------------------------------------------------------------
+# ---- the procedural benchmark
 
 PROCEDURAL_SEED = 2024
 PROCEDURAL_CASES = 300
@@ -157,7 +161,9 @@ class _Procedural:
             data / name if data is not None and (data / name).is_dir() else None for name in ("objects", "photos")
         )
         if data is not None and objects is None and photos is None:
-            raise ValueError(f"data folder {data} has neither objects/ nor photos/; leave --data out to draw everything")
+            raise ValueError(
+                f"data folder {data} has neither objects/ nor photos/; leave --data out to draw everything"
+            )
         self.settings = {"objects": objects is not None, "photos": photos is not None, "size": size}
         self.world = World(objects=objects, photos=photos, split="test", size=size)
         self._renderer = Renderer(objects, None, "test", self.world.height, self.world.width)
@@ -175,9 +181,7 @@ class _Procedural:
         from varedit.data.synthetic.scene import Item
 
         pair, footprint = self.pair(index), self._renderer.footprint
-        before, after = (
-            tuple(Item(**item) for item in graph["objects"]) for graph in (pair.scene, pair.target_scene)
-        )
+        before, after = (tuple(Item(**item) for item in graph["objects"]) for graph in (pair.scene, pair.target_scene))
         regions = [footprint((item,)) for item in before if item not in after]
         regions += [footprint((item,)) for item in after if item not in before]
         regions = _distinct(regions)
@@ -206,7 +210,7 @@ def procedural(data: Path | None = None, size: int = 128, limit: int | None = No
         size: size class of the pictures.
         limit: number of cases; None takes `PROCEDURAL_CASES`.
 
-    Cases whose change vanishes under the checker's filter are passed over; their number is in the settings.
+    Cases whose change vanishes under the checker's filter are passed over; their number is in the notes.
 
     Raises:
         ValueError: a folder without objects and photos, an unknown size, a limit below 1.
@@ -226,9 +230,9 @@ def procedural(data: Path | None = None, size: int = 128, limit: int | None = No
         else:
             passed_over += 1
         index += 1
-    settings = reader.settings | {"seed": PROCEDURAL_SEED, "not_visible": passed_over}
+    settings = reader.settings | {"seed": PROCEDURAL_SEED}
     metrics = ("success", "completeness", "preservation", "stray", "balance", "outside_psnr")
-    return Benchmark("procedural", tuple(cases), metrics, settings)
+    return Benchmark("procedural", tuple(cases), metrics, settings, notes={"not_visible": passed_over})
 
 
 def _procedural_case(reader: _Procedural, index: int) -> Case:
@@ -248,7 +252,7 @@ def _procedural_case(reader: _Procedural, index: int) -> Case:
     )
 
 
-# ---- one's own -------------------------------------------------------------------------------------------------------
+# ---- one's own
 
 _OWN_FIELDS = ("source", "instruction", "target", "mask", "key", "type", "source_caption", "target_caption", "previous")
 
@@ -268,7 +272,9 @@ def own(path: Path) -> Benchmark:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"benchmark {str(path)!r} cannot be read; use a known name, a folder or a .jsonl file ({error})") from error
+        raise ValueError(
+            f"benchmark {str(path)!r} cannot be read; use a known name, a folder or a .jsonl file ({error})"
+        ) from error
     cases, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -279,7 +285,7 @@ def own(path: Path) -> Benchmark:
             problems.append((f"line {number}", f"{type(error).__name__}: {error}"))
     if not cases:
         raise ValueError(f"{path} has no usable line: {problems[0] if problems else 'it is empty'}")
-    return Benchmark("own", tuple(cases), own_metrics(cases), {"exact": False}, problems=tuple(problems))
+    return Benchmark("own", tuple(cases), own_metrics(cases), problems=tuple(problems))
 
 
 def _own_case(row: dict[str, Any], folder: Path, number: int) -> Case:
@@ -319,7 +325,7 @@ def _records(folder: Path) -> Benchmark:
     ]
     if not cases:
         raise ValueError(f"{folder} has no pairs")
-    return Benchmark("own", tuple(cases), own_metrics(cases), {"exact": False})
+    return Benchmark("own", tuple(cases), own_metrics(cases))
 
 
 def own_metrics(cases: Iterable[Case]) -> tuple[str, ...]:

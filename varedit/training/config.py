@@ -421,7 +421,8 @@ def _check_data(data: DataConfig) -> None:
         _require(share > 0, f"data.sizes gives {size} the share {share}; give more than 0, or leave it out")
     for ratio, share in data.aspects.items():
         _require(
-            ratio in ASPECT_RATIOS, f"data.aspects has {ratio}; choose from {', '.join(f'{r:g}' for r in ASPECT_RATIOS)}"
+            ratio in ASPECT_RATIOS,
+            f"data.aspects has {ratio}; choose from {', '.join(f'{r:g}' for r in ASPECT_RATIOS)}",
         )
         _require(share > 0, f"data.aspects gives {ratio} the share {share}; give more than 0, or leave it out")
     _require(bool(data.aspects), "data.aspects is empty; give at least one, as in {1.0: 1}")
@@ -429,7 +430,8 @@ def _check_data(data: DataConfig) -> None:
         for name in ("objects", "photos"):
             _require(getattr(data, name) is None, f"data.{name} is only for data.source world; remove it")
         _require(
-            data.aspects == NATIVE_ASPECTS, "data.aspects is only for data.source world; a folder's pairs have their own"
+            data.aspects == NATIVE_ASPECTS,
+            "data.aspects is only for data.source world; a folder's pairs have their own",
         )
 
 

@@ -1,0 +1,342 @@
+"""Batches: job lists, equality with single edits, records, resuming, death in the middle."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from varedit.editing.batch import RESULTS, BatchOptions, prepare_output, read_results, run_batch
+from varedit.editing.edit import Settings, apply_edit
+from varedit.editing.jobs import Job, group_jobs, read_jobs
+from varedit.editing.manifest import make_manifest, read_manifest, save_with_manifest
+from varedit.editing.mask import image_mask
+from varedit.image_processor import load_image
+from varedit.pipeline import load_pipeline
+from varedit.testing import tiny_pipeline
+
+SHAPES = {"wide": (90, 60), "square": (64, 64), "other": (92, 60), "tall": (60, 90)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Four pictures of three shapes, a mask, and a list that names them, one that is missing and one that is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for name, (width, height) in SHAPES.items():
+        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{name}.png")
+    mask = Image.new("L", SHAPES["tall"])
+    mask.paste(255, (10, 10, 40, 60))
+    mask.save(folder / "mask.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    rows = [
+        {"image": "wide.png", "instruction": "blur", "seed": 3},
+        {"image": "missing.png", "instruction": "blur"},
+        {"image": "tall.png", "instruction": "paint it", "mask": "mask.png", "output": "sub/a.jpg"},
+        {"image": "square.png", "instruction": "make it 'red', please", "seed": "12"},
+        {"image": "broken.jpg", "instruction": "blur"},
+        {"image": "other.png", "instruction": "sharpen"},
+    ]
+    (folder / "jobs.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(pictures):
+    return read_jobs(pictures / "jobs.jsonl", seed=8)
+
+
+@pytest.fixture(scope="module")
+def singles(jobs, model, tmp_path_factory):
+    """Each good job as a single edit, by the name of its output."""
+    pipeline = load_pipeline(model, "cpu")
+    folder = tmp_path_factory.mktemp("singles")
+    (folder / "sub").mkdir()
+    for job in jobs:
+        if job.image.stem in SHAPES:
+            source = load_image(job.image)
+            mask = image_mask(job.mask, source.rgb.size) if job.mask else None
+            result = apply_edit(pipeline, source, job.instruction, seed=job.seed, mask=mask)
+            name = job.mask.name if job.mask else None
+            manifest = make_manifest(result, pipeline, input_name=job.image.name, mask_name=name)
+            save_with_manifest(result.image, folder / job.output, manifest, source)
+    return files_below(folder)
+
+
+@pytest.fixture
+def options(model):
+    return BatchOptions(model, "cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(jobs, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    options = BatchOptions(model, "cpu", batch_size=2)
+    run_batch(prepare_output(folder, jobs, options), folder, options)
+    return folder
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != RESULTS]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+# -- job lists
+
+
+def test_json_lines(jobs, pictures):
+    assert [job.image.name for job in jobs] == [
+        "wide.png", "missing.png", "tall.png", "square.png", "broken.jpg", "other.png",
+    ]  # fmt: skip
+    assert [job.seed for job in jobs] == [3, 8, 8, 12, 8, 8]
+    assert jobs[2].mask == pictures / "mask.png" and jobs[2].output == "sub/a.jpg"
+    assert jobs[0].output == "wide.edited.png" and jobs[4].output == "broken.edited.jpg"
+    assert [Job.from_json(json.loads(json.dumps(job.to_json()))) for job in jobs] == jobs
+
+
+def test_csv_says_the_same_as_json_lines(jobs, pictures):
+    lines = ["image,instruction,seed,mask,output"]
+    for job in jobs:
+        mask, output = ("mask.png", "sub/a.jpg") if job.mask else ("", "")
+        lines.append(f'{job.image.name},"{job.instruction}",{job.seed},{mask},{output}')
+    (pictures / "jobs.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    read = read_jobs(pictures / "jobs.csv")
+    assert [replace(job, line=0) for job in read] == [replace(job, line=0) for job in jobs]
+
+
+def test_a_folder_is_its_pictures(pictures):
+    read = read_jobs(pictures, instruction="blur", seed=4)
+    assert [job.image.name for job in read] == [
+        "broken.jpg", "mask.png", "other.png", "square.png", "tall.png", "wide.png",
+    ]  # fmt: skip
+    assert {(job.instruction, job.seed) for job in read} == {("blur", 4)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.jsonl", '{"image": "a.png", "instruction": "x"}\n{"image"', "line 2 is no JSON"),
+        ("a.jsonl", "[1]", "line 1 is no object"),
+        ("a.jsonl", '{"instruction": "x"}', "line 1: image is missing"),
+        ("a.jsonl", '{"image": "a.png"}', "line 1: instruction is missing"),
+        ("a.jsonl", '{"image": "a.png", "instruction": " "}', "is empty"),
+        ("a.jsonl", '{"image": 3, "instruction": "x"}', "image 3"),
+        ("a.jsonl", '{"image": "a.png", "instruction": "x", "seed": "many"}', "many"),
+        ("a.jsonl", '{"image": "a.png", "instruction": "x", "seed": 1.5}', "1.5"),
+        ("a.jsonl", '{"image": "a.png", "instruction": "x", "seed": -1}', "-1"),
+        ("a.jsonl", '{"image": "a.png", "instruction": "x", "output": "../b.png"}', r"\.\./b.png"),
+        ("a.jsonl", '{"image": "a.png", "instruction": "x", "output": "/b.png"}', "/b.png"),
+        ("a.jsonl", '{"image": "a.png", "instruction": "x", "output": "b.gif"}', "b.gif"),
+        ("a.jsonl", '{"image": "a.png", "instruction": "x"}\n' * 2, "lines 1 and 2 would both write"),
+        ("a.jsonl", "\n", "nothing to do"),
+        ("a.csv", "picture,instruction\na.png,x", "no column 'image'"),
+        ("a.csv", "image,instruction\na.png,x,y", "line 2 has more cells"),
+        ("a.csv", 'image,instruction\n"a.png,x', "is no CSV"),
+        ("a.txt", "a.png", "neither"),
+        ("a.jsonl", b"\xff\xfe", "UTF-8"),
+    ],
+)
+def test_unusable_lists_are_named(name, content, named, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=named) as caught:
+        read_jobs(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_that_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_jobs(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match="--instruction"):
+        read_jobs(tmp_path)
+    with pytest.raises(ValueError, match="nothing to do"):
+        read_jobs(tmp_path, instruction="blur")
+
+
+def test_one_shape_in_a_row(jobs):
+    def names(chunks):
+        return [[job.image.stem for job in chunk] for chunk in chunks]
+
+    assert names(group_jobs(jobs, 128, 2)) == [["wide", "other"], ["tall"], ["square"], ["missing", "broken"]]
+    assert names(group_jobs(jobs, 128, 1))[:2] == [["wide"], ["other"]]
+
+
+def test_a_turned_photo_is_grouped_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (60, 90)).save(tmp_path / "b.jpg")
+    assert len(group_jobs(read_jobs(tmp_path, instruction="blur"), 128, 2)) == 1
+
+
+# -- running
+
+
+def test_a_mixed_batch_equals_single_edits(finished, singles):
+    assert files_below(finished) == singles
+
+
+def test_the_record_has_a_line_a_job(finished, jobs, singles):
+    records = {record["output"]: record for record in read_results(finished)}
+    assert set(records) == {job.output for job in jobs}
+    failed = {name: record["error"] for name, record in records.items() if record["status"] == "failed"}
+    assert set(failed) == {"missing.edited.png", "broken.edited.jpg"}
+    assert "missing.png" in failed["missing.edited.png"] and "broken.jpg" in failed["broken.edited.jpg"]
+    for name in singles:
+        assert records[name]["status"] == "ok" and records[name]["change"]["kind"] in ("none", "local", "global")
+
+
+def test_resume_does_what_is_missing(finished, jobs, singles, options, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    assert [job.image.stem for job in prepare_output(folder, jobs, options, resume=True)] == ["missing", "broken"]
+    (folder / "sub/a.jpg").unlink()  # gone
+    (folder / "wide.edited.png").write_bytes((folder / "other.edited.png").read_bytes())  # not what was recorded
+    record = (folder / RESULTS).read_bytes()
+    square = next(line for line in record.splitlines() if b"square.edited" in line)
+    # Written, but not recorded; and the line that was being written when the power went.
+    (folder / RESULTS).write_bytes(record.replace(square + b"\n", b"") + square[:40])
+    (folder / ".varedit-0123.tmp").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"wide\.edited\.png' exists already"):
+        prepare_output(folder, jobs, options, resume=True)
+    (folder / "wide.edited.png").unlink()
+    todo = prepare_output(folder, jobs, options, resume=True)
+    assert [job.image.stem for job in todo] == ["wide", "missing", "tall", "square", "broken"]
+    run_batch(todo, folder, options)
+    assert files_below(folder) == singles
+    assert all(json.loads(line) for line in (folder / RESULTS).read_text().splitlines())
+
+
+def test_what_is_there_is_kept(finished, jobs, options, tmp_path, model):
+    with pytest.raises(ValueError, match="--resume"):
+        prepare_output(finished, jobs, options)
+    with pytest.raises(ValueError, match="other settings"):
+        prepare_output(finished, jobs, replace(options, settings=Settings(temperature=0.9)), resume=True)
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another model"):
+        prepare_output(finished, jobs, replace(options, model=str(tmp_path / "other")), resume=True)
+    mine = tmp_path / "out" / "wide.edited.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"wide\.edited\.png' exists already"):
+            prepare_output(mine.parent, jobs, options, resume=resume)
+    assert mine.read_bytes() == b"mine"
+    assert len(prepare_output(mine.parent, jobs, replace(options, overwrite=True))) == len(jobs)
+    (tmp_path / "out" / RESULTS).write_text('{"output": 1}\n')
+    with pytest.raises(ValueError, match="line 1 is damaged"):
+        prepare_output(tmp_path / "out", jobs, options, resume=True)
+
+
+def test_another_instruction_is_another_job(finished, jobs, options):
+    changed = [replace(jobs[0], instruction="sharpen")]
+    with pytest.raises(ValueError, match="exists already"):  # the file is the other job's
+        prepare_output(finished, changed, options, resume=True)
+
+
+def test_impossible_options_are_refused():
+    for name in ("batch_size", "num_workers"):
+        with pytest.raises(ValueError, match=name):
+            BatchOptions(**{name: 0})
+
+
+# -- death in the middle
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_and_resumed(workers, jobs, pictures, model, singles, options, tmp_path):
+    out = tmp_path / "out"
+    command = ["batch", pictures / "jobs.jsonl", "-o", out, "--seed=8", "--model", model, "--device=cpu"]
+    code = "import sys; from varedit.cli import main; main(sys.argv[1:])"
+    arguments = [sys.executable, "-c", code, *map(str, command), f"--workers={workers}"]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((out / RESULTS).exists() and b'"ok"' in (out / RESULTS).read_bytes()):
+        time.sleep(0.005)
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive  # workers do not outlive the batch
+
+    for name, data in files_below(out).items():  # each is whole
+        if not name.endswith(".tmp"):
+            assert data == singles[name]
+    todo = prepare_output(out, jobs, options, resume=True)
+    assert len(todo) < len(jobs)
+    run_batch(todo, out, options)
+    assert files_below(out) == singles
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_files(jobs, singles, options, tmp_path):
+    options = replace(options, num_workers=2, batch_size=2)
+    run_batch(prepare_output(tmp_path, jobs, options), tmp_path, options)
+    assert files_below(tmp_path) == singles
+
+
+@pytest.mark.slow
+def test_workers_without_a_model_say_why(jobs, options, tmp_path):
+    options = replace(options, num_workers=2, model=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere"):
+        run_batch(jobs, tmp_path, options)
+
+
+# -- Ray
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_one_line_says_so():
+    from varedit.editing.ray_batch import require_ray
+
+    with pytest.raises(ValueError, match="pip install"):
+        require_ray()
+
+
+@pytest.mark.slow
+def test_on_ray_the_files_are_the_same(jobs, singles, options, tmp_path):
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install ray[data]")
+    from varedit.editing.ray_batch import run_on_ray
+
+    options = replace(options, num_workers=2)
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        records = run_batch(prepare_output(tmp_path, jobs, options), tmp_path, options, run=run_on_ray)
+    finally:
+        ray.shutdown()
+    assert files_below(tmp_path) == singles
+    assert {record["image"] for record in records} == {str(job.image) for job in jobs}
+
+
+def test_read_manifest_of_a_batch_replays(finished, jobs, model):
+    from varedit.editing.replay import replay
+
+    job = next(job for job in jobs if job.image.stem == "tall")
+    source = load_image(job.image)
+    manifest = read_manifest(finished / job.output)
+    assert (manifest.instruction, manifest.input["name"], manifest.mask["name"]) == ("paint it", "tall.png", "mask.png")
+    assert replay(manifest, source, load_pipeline(model, "cpu"), image_mask(job.mask, source.rgb.size)).same

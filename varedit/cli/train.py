@@ -1,0 +1,62 @@
+"""`varedit train`: the editor and the image tokenizer, on one process or, started by torchrun, on many."""
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from varedit.training.config import RunConfig
+
+app = typer.Typer(help="Train the editor or the image tokenizer.", no_args_is_help=True)
+
+ConfigFile = Annotated[Path, typer.Option(help="YAML file of the run; see docs/training.md.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="field=value, instead of the file's; may be repeated.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only check the config, and say sizes and memory.")]
+
+
+@app.command()
+def editor(
+    config: ConfigFile, output: Output, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
+) -> None:
+    """Train the transformer, whole or by adapters (LoRA): varedit train editor --config FILE --output RUN."""
+    from varedit.training.config import EditorConfig, load_config
+
+    settings = load_config(EditorConfig, config, overrides or [])
+    if dry_run:
+        from varedit.training.estimate import estimate
+
+        for line in estimate(settings, int(os.environ.get("WORLD_SIZE", 1))).lines():
+            typer.echo(line)
+        return
+    _train(settings, output, resume)
+
+
+@app.command()
+def tokenizer(config: ConfigFile, output: Output, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train the image tokenizer: varedit train tokenizer --config FILE --output RUN."""
+    from varedit.training.config import TokenizerConfig, load_config
+
+    _train(load_config(TokenizerConfig, config, overrides or []), output, resume)
+
+
+def _train(settings: "RunConfig", output: Path, resume: bool) -> None:
+    first = int(os.environ.get("RANK", 0)) == 0
+    logging.getLogger("varedit").setLevel(logging.INFO if first else logging.WARNING)
+
+    from varedit.training.checkpoint import CheckpointError
+    from varedit.training.run import train
+
+    try:
+        train(settings, output, resume)
+    except CheckpointError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if first:
+        typer.echo(f"{output}: done, {settings.steps} steps")

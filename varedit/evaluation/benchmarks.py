@@ -1,0 +1,486 @@
+"""Readers of the public benchmarks, in the layouts in which they are published.
+
+Rows that cannot be read become problems of the benchmark: they are counted and named, never silently left out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from varedit.evaluation.cases import Benchmark, Case, file_key, own, procedural
+from varedit.evaluation.features import Backbones
+
+EMU_REVISION = "b31936a0b6c267e87d373014034cd8fb44ced2fb"
+EMU_TYPES = ("global", "add", "text", "background", "color", "style", "remove", "local")
+EMU_ROWS = 3589
+PIE_TYPES = (
+    "random",
+    "change object",
+    "add",
+    "delete",
+    "attribute",
+    "pose",
+    "color",
+    "material",
+    "background",
+    "style",
+)
+IMGEDIT_TYPES = ("extract", "style", "add", "adjust", "background", "replace", "remove", "action", "compose")
+GEDIT_TYPES = (
+    "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
+    "subject-remove", "subject-replace", "text_change", "tone_transfer",
+)  # fmt: skip
+
+HELP = {
+    "emu-edit": "download the data set facebook/emu_edit_test_set from the Hugging Face hub (CC BY-NC 4.0)",
+    "pie-bench": "ask for it with the form linked in the PnPInversion repository; DATA holds mapping_file.json and "
+    "annotation_images/",
+    "magicbrush": "take osunlp/MagicBrush (dev) from the hub, or the test zip (password in its README); DATA holds "
+    "data/ or edit_sessions.json and images/",
+    "imgedit": "take Benchmark.tar of sysuyy/ImgEdit from the hub; DATA holds basic_edit.json and the pictures",
+    "gedit": "download the data set stepfun-ai/GEdit-Bench from the Hugging Face hub",
+}
+
+
+def load(
+    name: str,
+    data: Path | None = None,
+    *,
+    size: int = 128,
+    limit: int | None = None,
+    options: dict[str, str] | None = None,
+) -> Benchmark:
+    """A benchmark by name, or a folder or .jsonl file of one's own.
+
+    Args:
+        data: folder of the benchmark's files. EMU-Edit is downloaded at a pinned revision if it is None.
+        size: of the procedural pictures.
+        limit: the first so many cases.
+        options: of the reader, see the functions below; texts.
+
+    Raises:
+        ValueError: unknown name or option, missing files (the message says how to get them).
+    """
+    options = dict(options or {})
+    if name == "procedural":
+        _no_more(name, options)
+        return procedural(data, size, limit)
+    readers: dict[str, Callable[..., Benchmark]] = {
+        "emu-edit": emu_edit,
+        "pie-bench": pie_bench,
+        "magicbrush": magicbrush,
+        "magicbrush-multi": partial(magicbrush, turns="multi"),
+        "imgedit": imgedit,
+        "gedit": gedit,
+    }
+    if name not in readers:
+        _no_more(name, options)
+        return own(Path(name)).first(limit)
+    if data is None:
+        if name != "emu-edit":
+            raise ValueError(f"{name} needs --data: {HELP[name.removesuffix('-multi')]}")
+        data = _download("facebook/emu_edit_test_set", EMU_REVISION, name)
+    if not data.is_dir():
+        raise ValueError(f"data folder {data} does not exist: {HELP[name.removesuffix('-multi')]}")
+    try:
+        benchmark = readers[name](data, **options)
+    except TypeError as error:
+        raise ValueError(f"reader option of {name} is unknown ({error})") from error
+    if not benchmark.cases:
+        first = f": {benchmark.problems[0]}" if benchmark.problems else ""
+        raise ValueError(f"{name} in {data} has no usable row{first}")
+    return benchmark.first(limit)
+
+
+def backbones_of(name: str, device: str = "cpu") -> Backbones:
+    """The networks and preparation that a benchmark's reference uses."""
+    if name == "pie-bench":
+        return Backbones(clip_name="openai/clip-vit-large-patch14", preprocessing="pie-bench", device=device)
+    return Backbones(device=device)
+
+
+def _no_more(name: str, options: dict[str, str]) -> None:
+    if options:
+        raise ValueError(f"reader option {sorted(options)[0]!r} is unknown; {name} takes none")
+
+
+def _choice(name: str, value: str, *allowed: str) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: use {' or '.join(allowed)}")
+    return value
+
+
+def _download(repository: str, revision: str, name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, repo_type="dataset"))
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        raise ValueError(
+            f"{name} is not at hand and cannot be downloaded ({type(error).__name__}); {HELP[name]} and pass --data"
+        ) from error
+
+
+# ---- tables
+
+
+class _Table:
+    """Rows of parquet or arrow files, pictures read one row group at a time."""
+
+    def __init__(self, files: list[Path], pictures: tuple[str, ...]) -> None:
+        self.pictures = pictures
+        self._groups: list[Callable[[list[str]], Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        for file in files:
+            for read in _groups(file):
+                columns = [name for name in read([]) if name not in pictures]
+                number = len(self._groups)
+                self._groups.append(read)
+                for index, row in enumerate(read(columns).to_pylist()):
+                    self.rows.append(row | {"_at": (number, index)})
+        self._read = lru_cache(maxsize=2)(lambda number: self._groups[number](list(self.pictures)))
+
+    def picture(self, at: tuple[int, int], column: str) -> np.ndarray:
+        """uint8 (H, W, 3).
+
+        Raises:
+            ValueError: no picture there.
+        """
+        value = self._read(at[0])[column][at[1]].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        try:
+            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        except (OSError, TypeError) as error:
+            raise ValueError(f"{column} of row {at} is no picture ({error})") from error
+
+    def mask(self, at: tuple[int, int], column: str) -> np.ndarray:
+        """bool (H, W), white is True."""
+        return self.picture(at, column).max(-1) > 127
+
+
+def _groups(file: Path) -> Iterator[Callable[[list[str]], Any]]:
+    """Readers of a file's row groups: a list of columns -> a table; an empty list -> the names of all columns."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ValueError("this benchmark comes as parquet: pip install pyarrow") from error
+    if file.suffix == ".parquet":
+        try:
+            opened = parquet.ParquetFile(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        names = opened.schema_arrow.names
+        for group in range(opened.num_row_groups):
+            yield (
+                lambda wanted, group=group: (
+                    opened.read_row_group(group, columns=[n for n in wanted if n in names]) if wanted else names
+                )
+            )
+        return
+    source = pa.memory_map(str(file))
+    try:
+        table = pa.ipc.open_stream(source).read_all()
+    except pa.ArrowInvalid:
+        table = pa.ipc.open_file(source).read_all()
+    yield lambda wanted: table.select([n for n in wanted if n in table.schema.names]) if wanted else table.schema.names
+
+
+def _files(data: Path, split: str, *suffixes: str) -> list[Path]:
+    found = [
+        path for suffix in suffixes for path in (*data.glob(f"{split}*{suffix}"), *data.glob(f"data/{split}*{suffix}"))
+    ]
+    return sorted(found)
+
+
+# ---- EMU-Edit
+
+
+def emu_edit(data: Path, bad_captions: str = "keep", split: str = "reported") -> Benchmark:
+    """EMU-Edit's test set.
+
+    Args:
+        data: folder with data/test-*.parquet and data/validation-*.parquet, of either repository.
+        bad_captions: "keep" (as the paper) or "drop" rows whose captions are equal or a placeholder: they corrupt
+            CLIP-Dir and CLIP-Out. Their number is in the notes either way.
+        split: "reported" is the set of 3,589 rows that papers report on: `test` of facebook/emu_edit_test_set, but
+            `validation` of facebook/emu_edit_test_set_generations, whose splits are swapped. Or a name.
+    """
+    _choice("bad_captions", bad_captions, "keep", "drop")
+    _choice("split", split, "reported", "test", "validation")
+    if split == "reported":
+        probe = _files(data, "", ".parquet")
+        swapped = bool(probe) and "edited_image" in next(iter(_groups(probe[0])))([])
+        split = "validation" if swapped else "test"
+    files = _files(data, split, ".parquet")
+    if not files:
+        raise ValueError(f"{data} has no {split}-*.parquet: {HELP['emu-edit']}")
+    table = _Table(files, ("image", "edited_image"))
+    repeated = Counter(str(row[side]).lower() for row in table.rows for side in ("input_caption", "output_caption"))
+    cases, problems, notes = [], [], Counter({"identical_captions": 0, "placeholder_captions": 0, "dropped": 0})
+    for number, row in enumerate(table.rows):
+        before, after = (str(row[side] or "").strip() for side in ("input_caption", "output_caption"))
+        identical = before == after
+        placeholder = any("train station" in text.lower() and repeated[text.lower()] > 2 for text in (before, after))
+        notes["identical_captions"] += identical
+        notes["placeholder_captions"] += placeholder
+        if bad_captions == "drop" and (identical or placeholder):
+            notes["dropped"] += 1
+            continue
+        if not (row["instruction"] or "").strip():
+            problems.append((f"row {number}", "no instruction"))
+            continue
+        task = str(row["task"]).lower()
+        task = "color" if task == "texture" else task
+        if task not in EMU_TYPES:
+            notes[f"unknown type {task}"] += 1
+        cases.append(
+            Case(
+                key=f"{number:05d}",
+                instruction=row["instruction"],
+                source=partial(table.picture, row["_at"], "image"),
+                edit_type=task,
+                source_caption=before,
+                target_caption=after,
+                extra={"idx": row["idx"], "hash": row["hash"]},
+            )
+        )
+    notes["rows"] = len(table.rows)
+    return Benchmark(
+        "emu-edit",
+        tuple(cases),
+        ("clip_out", "clip_dir", "clip_i_source", "dino_source", "l1_source"),
+        {"bad_captions": bad_captions, "split": split},
+        problems=tuple(problems),
+        notes=dict(notes) | {"rows_expected": EMU_ROWS},
+    )
+
+
+# ---- PIE-Bench
+
+
+def decode_mask(runs: list[int], size: tuple[int, int] = (512, 512)) -> np.ndarray:
+    """PIE-Bench's mask: start and length of every run over the row-major frame; bool (H, W), True is to be edited.
+
+    A run beyond the end is cut. The border of one pixel is set to True afterwards, as the reference does.
+
+    Raises:
+        ValueError: an odd number of values, or values that are no runs.
+    """
+    height, width = size
+    if not isinstance(runs, list) or len(runs) % 2 or not all(type(value) is int and value >= 0 for value in runs):
+        raise ValueError("the mask is no list of starts and lengths")
+    flat = np.zeros(height * width, bool)
+    for start, length in zip(runs[::2], runs[1::2]):
+        if start >= flat.size:
+            raise ValueError(f"the mask has a run at {start}, beyond the frame of {width} x {height}")
+        flat[start : start + length] = True
+    mask = flat.reshape(height, width)
+    mask[[0, -1], :] = True
+    mask[:, [0, -1]] = True
+    return mask
+
+
+def pie_bench(data: Path) -> Benchmark:
+    """PIE-Bench: 700 pictures of 512 x 512 with masks.
+
+    Args:
+        data: folder with mapping_file.json and annotation_images/.
+    """
+    mapping = _json(data, "mapping_file.json", "pie-bench")
+    cases, problems = [], []
+    for key, row in mapping.items():
+        try:
+            number = int(row["editing_type_id"])
+            if not 0 <= number < len(PIE_TYPES):
+                raise ValueError(f"unknown editing_type_id {row['editing_type_id']!r}")
+            source = _inside(data / "annotation_images", row["image_path"])
+            with Image.open(source) as image:
+                size = image.height, image.width
+            mask = decode_mask(row["mask"], size)
+            cases.append(
+                Case(
+                    key=file_key(key),
+                    instruction=row["editing_instruction"],
+                    source=source,
+                    edit_type=PIE_TYPES[number],
+                    mask=mask,
+                    source_caption=_no_brackets(row["original_prompt"]),
+                    target_caption=_no_brackets(row["editing_prompt"]),
+                    extra={"file": row["image_path"], "blended_word": row.get("blended_word", "")},
+                )
+            )
+        except (KeyError, ValueError, TypeError, OSError) as error:
+            problems.append((str(key), f"{type(error).__name__}: {error}"))
+    names = ("structure", "psnr", "lpips", "mse", "ssim", "clip_whole", "clip_edit")
+    return Benchmark("pie-bench", tuple(cases), names, fit="corner", problems=tuple(problems))
+
+
+def _no_brackets(prompt: str) -> str:
+    return prompt.replace("[", "").replace("]", "")
+
+
+# ---- MagicBrush
+
+
+def magicbrush(data: Path, turns: str = "single", split: str = "dev") -> Benchmark:
+    """MagicBrush against its recorded targets.
+
+    Args:
+        data: the unpacked test set (edit_sessions.json, images/, local_captions.json), or parquet files of the hub.
+        turns: "single" edits every turn from its recorded source; "multi" chains them and scores the last turn.
+        split: of the parquet files, "dev" or "train".
+    """
+    _choice("turns", turns, "single", "multi")
+    if (data / "edit_sessions.json").is_file():
+        sessions, problems = _magicbrush_folder(data)
+    else:
+        sessions, problems = _magicbrush_table(data, _choice("split", split, "dev", "train")), []
+    cases: list[Case] = []
+    for name, session in sessions.items():
+        previous: str | None = None
+        for number, row in enumerate(session, 1):
+            key = file_key(name, *((1,) if number == 1 else ("iter" if turns == "multi" else "inde", number)))
+            last = number == len(session)
+            case = Case(
+                key, edit_type=f"turn {number}", previous=previous, scored=turns == "single" or last,
+                extra={"file": f"{name}/{key}.png"}, **row,
+            )  # fmt: skip
+            cases.append(case)
+            previous = key if turns == "multi" else None
+    captioned = all(case.target_caption for case in cases if case.scored)
+    names = (
+        "l1",
+        "l2",
+        "clip_i",
+        "dino",
+        *(("clip_out",) if captioned else ()),
+        *(("drift",) if turns == "multi" else ()),
+    )
+    label = "magicbrush" if turns == "single" else "magicbrush-multi"
+    return Benchmark(label, tuple(cases), names, {"turns": turns}, fit="bicubic", problems=tuple(problems))
+
+
+def _magicbrush_folder(data: Path) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, str]]]:
+    listed = _json(data, "edit_sessions.json", "magicbrush")
+    path = data / "local_captions.json"
+    captions = _json(data, "local_captions.json", "magicbrush") if path.is_file() else {}
+    sessions, problems = {}, []
+    for name, turns in listed.items():
+        try:
+            sessions[name] = [
+                {
+                    "instruction": turn["instruction"],
+                    "source": _inside(data / "images", f"{name}/{turn['input']}"),
+                    "target": _inside(data / "images", f"{name}/{turn['output']}"),
+                    "mask": _inside(data / "images", f"{name}/{turn['mask']}") if turn.get("mask") else None,
+                    "target_caption": captions.get(name, {}).get(turn["output"], ""),
+                }
+                for turn in turns
+            ]
+        except (KeyError, ValueError, TypeError) as error:
+            problems.append((str(name), f"{type(error).__name__}: {error}"))
+    return sessions, problems
+
+
+def _magicbrush_table(data: Path, split: str) -> dict[str, list[dict[str, Any]]]:
+    files = _files(data, split, ".parquet")
+    if not files:
+        raise ValueError(f"{data} has neither edit_sessions.json nor {split}-*.parquet: {HELP['magicbrush']}")
+    table = _Table(files, ("source_img", "mask_img", "target_img"))
+    sessions: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(table.rows, key=lambda row: (str(row["img_id"]), row["turn_index"])):
+        sessions.setdefault(str(row["img_id"]), []).append(
+            {
+                "instruction": row["instruction"],
+                "source": partial(table.picture, row["_at"], "source_img"),
+                "target": partial(table.picture, row["_at"], "target_img"),
+                "mask": partial(table.mask, row["_at"], "mask_img"),
+            }
+        )
+    return sessions
+
+
+# ---- ImgEdit-Bench and GEdit-Bench
+
+
+def imgedit(data: Path, suite: str = "basic") -> Benchmark:
+    """ImgEdit-Bench, scored by a judge.
+
+    Args:
+        data: folder with basic_edit.json (or UGE_edit.json) and the pictures its `id` fields name.
+        suite: "basic" (737 cases of nine types) or "uge" (47 hard ones).
+    """
+    _choice("suite", suite, "basic", "uge")
+    listed = _json(data, "basic_edit.json" if suite == "basic" else "UGE_edit.json", "imgedit")
+    cases, problems = [], []
+    for key, row in listed.items():
+        try:
+            kind = row["edit_type"] if suite == "basic" else "uge"
+            if suite == "basic" and kind not in IMGEDIT_TYPES:
+                raise ValueError(f"unknown edit_type {kind!r}")
+            source = _inside(data, row["id"])
+            cases.append(Case(file_key(key), row["prompt"], source, kind, extra={"file": f"{key}.png"}))
+        except (KeyError, ValueError, TypeError) as error:
+            problems.append((str(key), f"{type(error).__name__}: {error}"))
+    return Benchmark("imgedit", tuple(cases), (), {"suite": suite}, problems=tuple(problems))
+
+
+def gedit(data: Path, language: str = "en", subset: str = "full") -> Benchmark:
+    """GEdit-Bench, scored by a judge.
+
+    Args:
+        data: folder with the train split as .parquet or .arrow.
+        language: "en" or "cn". subset: "full", or "intersection" (rows with Intersection_exist).
+    """
+    _choice("language", language, "en", "cn")
+    _choice("subset", subset, "full", "intersection")
+    files = _files(data, "", ".parquet", ".arrow") or sorted(data.glob("train/*.arrow"))
+    if not files:
+        raise ValueError(f"{data} has no .parquet or .arrow files: {HELP['gedit']}")
+    table = _Table(files, ("input_image", "input_image_raw"))
+    cases, problems = [], []
+    for row in table.rows:
+        if row["instruction_language"] != language or (subset == "intersection" and not row["Intersection_exist"]):
+            continue
+        if row["task_type"] not in GEDIT_TYPES:
+            problems.append((str(row["key"]), f"unknown task_type {row['task_type']!r}"))
+            continue
+        cases.append(
+            Case(
+                key=file_key(row["key"]),
+                instruction=row["instruction"],
+                source=partial(table.picture, row["_at"], "input_image"),
+                edit_type=row["task_type"],
+                extra={"file": f"fullset/{row['task_type']}/{language}/{row['key']}.png"},
+            )
+        )
+    return Benchmark("gedit", tuple(cases), (), {"language": language, "subset": subset}, problems=tuple(problems))
+
+
+def _json(data: Path, name: str, benchmark: str) -> dict[str, Any]:
+    path = data / name if (data / name).is_file() else data / "data" / name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{data / name} cannot be read ({error}): {HELP[benchmark]}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no JSON object: {HELP[benchmark]}")
+    return value
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A picture of the benchmark; its index must not reach files elsewhere."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"path {name!r} leaves the folder")
+    return folder / name

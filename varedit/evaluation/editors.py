@@ -1,0 +1,386 @@
+"""Who is evaluated: our pipeline, any diffusers pipeline, an endpoint, a command, a folder of finished results.
+
+An editor is named by a SPEC:
+
+    varedit[:MODEL]   our pipeline; MODEL is a folder or hub name, by default the model in the package
+    identity          returns the source: the floor of every score
+    oracle            returns the known answer: the ceiling
+    diffusers:ID      a diffusers pipeline by folder or hub name
+    openai:URL        an OpenAI-style endpoint, POST URL/images/edits
+    command:TEMPLATE  a command line with {source}, {instruction}, {output}, {seed}
+    folder:DIR        finished results DIR/KEY.png (or a path with {key})
+
+Options follow a question mark: `diffusers:timbrooks/instruct-pix2pix?guidance_scale=7.5&image_guidance_scale=1.5`.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from varedit.evaluation.cases import Case, read_picture
+
+SPECS = "varedit[:MODEL], identity, oracle, diffusers:ID, openai:URL, command:TEMPLATE or folder:DIR"
+DIPTYCH = (
+    "A diptych with two side-by-side images of the same scene. "
+    "On the right, the scene is exactly the same as on the left but {instruction}"
+)
+"""The prompt with which ICEdit was trained."""
+
+
+class EditFailed(RuntimeError):
+    """An editor gave no picture for a case: noted in the manifest, tried again by the next run."""
+
+
+class Editor(Protocol):
+    """What generation needs to know of an editor.
+
+    Attributes:
+        settings: all that shapes its results, as plain JSON values; a run is resumed only with equal settings.
+        concurrent: True if several cases may be edited at once from threads.
+    """
+
+    settings: dict[str, Any]
+    concurrent: bool
+
+    def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
+        """The edited picture, RGB of any size.
+
+        Raises:
+            EditFailed: no picture; the message says why.
+        """
+        ...
+
+
+def make_editor(spec: str, device: str | None = None) -> Editor:
+    """The editor of a SPEC (see the top of this module). Models load at the first edit.
+
+    Raises:
+        ValueError: an unknown or incomplete SPEC.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "varedit":
+        name, options = _options(rest, {"guidance_scale", "temperature", "top_p", "size", "fit"})
+        return VAREditEditor(name or None, options, device)
+    if kind == "command":
+        return CommandEditor(rest)
+    if kind in ("identity", "oracle") and not rest:
+        return _KnownEditor(kind)
+    makers: dict[str, Callable[[], Editor]] = {
+        "diffusers": lambda: DiffusersEditor(*_options(rest), device),
+        "openai": lambda: OpenAIEditor(*_options(rest)),
+        "folder": lambda: FolderEditor(rest),
+    }
+    if kind not in makers or not rest:
+        raise ValueError(f"editor {spec!r} is unknown; use {SPECS}")
+    return makers[kind]()
+
+
+def _options(text: str, known: set[str] | None = None) -> tuple[str, dict[str, Any]]:
+    """NAME?a=1&b=x -> the name and its options; numbers and true/false become such."""
+    name, _, query = text.partition("?")
+    options: dict[str, Any] = {}
+    for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    unknown = set(options) - known if known is not None else set()
+    if unknown:
+        raise ValueError(f"option {sorted(unknown)[0]!r} of {text!r} is unknown; use {', '.join(sorted(known or ()))}")
+    return name, options
+
+
+class _KnownEditor:
+    """The source (identity) or the known answer (oracle)."""
+
+    concurrent = True
+
+    def __init__(self, kind: str) -> None:
+        self.settings = {"editor": kind}
+
+    def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
+        if self.settings["editor"] == "identity":
+            return source
+        if case.target is None:
+            raise EditFailed("oracle needs a benchmark with known answers, such as procedural")
+        return Image.fromarray(read_picture(case.target))
+
+
+class VAREditEditor:
+    """Our pipeline. Settings hold the model's own defaults and a hash of its weights once it is loaded."""
+
+    concurrent = False
+
+    def __init__(self, model: str | None, options: dict[str, Any], device: str | None) -> None:
+        from varedit.pipeline import load_pipeline
+
+        self.pipeline = load_pipeline(model, device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.options = options
+        names = ("size", "fit", "guidance_scale", "temperature", "top_p")
+        chosen = {name: options.get(name, self.pipeline.config[name]) for name in names}
+        self.settings = {"editor": "varedit", "weights": weights_digest(self.pipeline), **chosen}
+
+    def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
+        return self.pipeline(source, case.instruction, seed=seed, **self.options).images[0]
+
+
+def weights_digest(pipeline: Any) -> str:
+    """Hash over the weights that decide an edit, with their types, names and shapes."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256()
+    for part in ("transformer", "image_tokenizer"):
+        for name, value in sorted(getattr(pipeline, part).state_dict().items()):
+            digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class DiffusersEditor:
+    """Any diffusers pipeline that edits by instruction, and fill pipelines with an adapter.
+
+    Options: `layout` (else read off the pipeline's call), `lora` (repository or folder) with `lora_file`, `dtype`,
+    `side` (the source is resized to this short side), all others go to the call.
+
+    Layouts: "edit" passes the source and the instruction; "omnigen" passes it in `input_images`; "fill" masks the whole
+    frame (ACE++); "diptych" puts the source left and takes the right half (ICEdit).
+    """
+
+    concurrent = False
+    LAYOUTS = ("edit", "omnigen", "fill", "diptych")
+
+    def __init__(
+        self, name: str, options: dict[str, Any], device: str | None = None, pipeline: Any | None = None
+    ) -> None:
+        self.settings = {"editor": "diffusers", "model": name, **options}
+        own = {key: options.pop(key, None) for key in ("layout", "lora", "lora_file", "dtype", "side")}
+        self.side, self.options = own["side"], options
+        self.pipeline = pipeline if pipeline is not None else _load_diffusers(name, own, device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        parameters = inspect.signature(self.pipeline.__call__).parameters
+        self.layout = own["layout"] or ("omnigen" if "input_images" in parameters else "edit")
+        if self.layout not in self.LAYOUTS:
+            raise ValueError(f"layout {self.layout!r} is unknown; use {', '.join(self.LAYOUTS)}")
+        if own["layout"] is None and "mask_image" in parameters:
+            raise ValueError(f"{name} fills masks; say layout=fill or layout=diptych")
+        self.sized = {"height", "width"} <= set(parameters)
+
+    def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
+        import torch
+
+        source = self._sized(source)
+        arguments = self._arguments(case.instruction, source)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        try:
+            result = self.pipeline(**(arguments | self.options), generator=generator).images[0].convert("RGB")
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise EditFailed(f"{type(error).__name__}: {error}") from error
+        if self.layout == "diptych":
+            result = result.crop((result.width // 2, 0, result.width, result.height))
+        return result
+
+    def _sized(self, source: Image.Image) -> Image.Image:
+        """Sides as asked for, in steps of 16 as latent models need."""
+        scale = self.side / min(source.size) if self.side else 1.0
+        size = tuple(max(16, round(side * scale / 16) * 16) for side in source.size)
+        return source if size == source.size else source.resize(size, Image.Resampling.LANCZOS)
+
+    def _arguments(self, instruction: str, source: Image.Image) -> dict[str, Any]:
+        width, height = source.size
+        if self.layout == "omnigen":
+            arguments = {"prompt": f"<img><|image_1|></img> {instruction}", "input_images": [source]}
+        elif self.layout == "fill":
+            arguments = {"prompt": instruction, "image": source, "mask_image": Image.new("L", source.size, 255)}
+        elif self.layout == "diptych":
+            both, mask = Image.new("RGB", (2 * width, height)), Image.new("L", (2 * width, height), 0)
+            both.paste(source, (0, 0))
+            both.paste(source, (width, 0))
+            mask.paste(255, (width, 0, 2 * width, height))
+            arguments = {"prompt": DIPTYCH.format(instruction=instruction), "image": both, "mask_image": mask}
+            width *= 2
+        else:
+            arguments = {"prompt": instruction, "image": source}
+        return arguments | ({"height": height, "width": width} if self.sized else {})
+
+
+def _load_diffusers(name: str, own: dict[str, Any], device: str | None) -> Any:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from varedit.pipeline import default_device
+
+    device = device or default_device()
+    dtype = getattr(torch, own["dtype"] or ("float32" if device == "cpu" else "bfloat16"))
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+        if own["lora"]:
+            pipeline.load_lora_weights(own["lora"], weight_name=own["lora_file"])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the pipeline {name!r}: {str(error).strip().splitlines()[0]}") from error
+    return pipeline.to(device)
+
+
+class OpenAIEditor:
+    """POST URL/images/edits with a file and a prompt, as OpenAI's API has it. The key comes from OPENAI_API_KEY.
+
+    Options: `model`, `timeout` (seconds), all others are sent as form fields (size, quality, n is always 1).
+    """
+
+    concurrent = True
+
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"openai:{url} needs a full address, such as openai:http://localhost:8000/v1")
+        self.url = url.rstrip("/")
+        self.settings = {"editor": "openai", "url": self.url, **options}
+        self.timeout = float(options.pop("timeout", 300))
+        self.fields = {key: str(value) for key, value in options.items()}
+
+    def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
+        fields = {**self.fields, "prompt": case.instruction, "n": "1", "seed": str(seed)}
+        if self.url.startswith("https://api.openai.com"):
+            del fields["seed"]  # not a field there
+        body, kind = _multipart(fields, _png(source))
+        request = urllib.request.Request(f"{self.url}/images/edits", body, {"Content-Type": kind})
+        if key := os.environ.get("OPENAI_API_KEY"):
+            request.add_header("Authorization", f"Bearer {key}")
+        answer = self._open(request)
+        try:
+            first = json.loads(answer)["data"][0]
+            data = base64.b64decode(first["b64_json"]) if first.get("b64_json") else self._fetch(first["url"])
+            return Image.open(io.BytesIO(data)).convert("RGB")
+        except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
+            raise EditFailed(f"the endpoint's answer is no picture ({type(error).__name__}: {error})") from error
+
+    def _fetch(self, url: str) -> bytes:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"picture address {url[:60]!r}")
+        return self._open(urllib.request.Request(url))
+
+    def _open(self, request: urllib.request.Request) -> bytes:
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                return response.read()
+        except urllib.error.HTTPError as error:
+            detail = error.read(300).decode(errors="replace")
+            raise EditFailed(f"the endpoint answered {error.code}: {detail}") from error
+        except OSError as error:  # refused, timed out, reset
+            raise EditFailed(f"the endpoint did not answer: {error}") from error
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _multipart(fields: dict[str, str], png: bytes) -> tuple[bytes, str]:
+    """A form with one picture: the body and its content type."""
+    boundary = uuid.uuid4().hex
+    parts = [
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in fields.items()
+    ]
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="image.png"\r\n'
+    parts.append(f"{head}Content-Type: image/png\r\n\r\n".encode() + png + b"\r\n")
+    parts.append(f"--{boundary}--\r\n".encode())
+    return b"".join(parts), f"multipart/form-data; boundary={boundary}"
+
+
+class CommandEditor:
+    """Runs a command once a case: for editors that live in repositories of their own.
+
+    The template is split as a shell would, but no shell runs: instructions cannot inject commands.
+    """
+
+    concurrent = True
+    TIMEOUT = 1800
+
+    def __init__(self, template: str) -> None:
+        self.settings = {"editor": "command", "template": template}
+        try:
+            self.words = shlex.split(template)
+        except ValueError as error:
+            raise ValueError(f"command {template!r} cannot be split: {error}") from error
+        for field in ("{source}", "{instruction}", "{output}"):
+            if field not in template:
+                raise ValueError(
+                    f"command {template!r} lacks {field}; it needs {{source}}, {{instruction}}, {{output}}"
+                )
+
+    def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
+        with tempfile.TemporaryDirectory() as folder:
+            values = {
+                "{source}": str(Path(folder, "source.png")),
+                "{output}": str(Path(folder, "output.png")),
+                "{instruction}": case.instruction,
+                "{seed}": str(seed),
+            }
+            source.save(values["{source}"])
+            words = [_fill(word, values) for word in self.words]
+            try:
+                done = subprocess.run(words, capture_output=True, text=True, timeout=self.TIMEOUT, check=False)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise EditFailed(f"the command did not run: {error}") from error
+            if done.returncode:
+                last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+                raise EditFailed(f"the command ended with {done.returncode}: {last}")
+            try:
+                with Image.open(values["{output}"]) as image:
+                    return image.convert("RGB")
+            except OSError as error:
+                raise EditFailed(f"the command left no picture in {{output}}: {error}") from error
+
+
+def _fill(word: str, values: dict[str, str]) -> str:
+    """The fields of a word in one pass: an instruction that contains {seed} stays as it is."""
+    return re.sub("|".join(map(re.escape, values)), lambda found: values[found.group()], word)
+
+
+class FolderEditor:
+    """Results made elsewhere: DIR/KEY.png, .jpg, .jpeg or .webp, or a path that contains {key}.
+
+    Also found where a benchmark's own tools put them: MagicBrush DIR/ID/KEY.png, GEdit-Bench
+    DIR/fullset/TYPE/LANGUAGE/KEY.png.
+    """
+
+    concurrent = True
+
+    def __init__(self, folder: str) -> None:
+        self.settings = {"editor": "folder", "folder": folder}
+        suffixes = ("",) if "{key}" in folder else (".png", ".jpg", ".jpeg", ".webp")
+        self.patterns = [(folder if "{key}" in folder else f"{folder}/{{key}}") + suffix for suffix in suffixes]
+        if "{key}" not in folder and not Path(folder).is_dir():
+            raise ValueError(f"folder {folder!r} does not exist; name the folder with the results")
+
+    def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
+        paths = [Path(pattern.replace("{key}", case.key)) for pattern in self.patterns]
+        if "file" in case.extra and "{key}" not in self.settings["folder"]:
+            paths.append(Path(self.settings["folder"], case.extra["file"]))
+        for path in paths:
+            if path.is_file():
+                try:
+                    return Image.fromarray(read_picture(path))
+                except ValueError as error:
+                    raise EditFailed(str(error)) from error
+        raise EditFailed(f"no result {paths[0]}")

@@ -1,0 +1,272 @@
+"""A vision-language model as a judge: the paper's GPT scores, VIEScore's, ImgEdit-Bench's.
+
+The prompts are our own words for the published rules, so numbers are comparable with each other, not to the last digit
+with published ones; the protocol's hash covers every word of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from varedit.evaluation.cases import Benchmark, Case, read_picture
+from varedit.evaluation.chat import Chat
+from varedit.evaluation.checker import harmonic_mean
+from varedit.evaluation.generate import result_path
+from varedit.evaluation.metrics import fit_result
+
+ANSWER = '\nAnswer with one JSON object and nothing else: {"score": [NUMBERS], "reason": "at most 30 words"}.'
+
+# Words in capitals are filled in by `fill`, the instruction last: it may hold anything.
+EDIT = (
+    "You are a professional digital artist who judges how well a picture was edited. The first picture is the "
+    "original, the second is the edited one. They may be identical when the edit failed.\n"
+    "Give two numbers from 0 to 10.\n"
+    "First, success: how well the edited picture follows the instruction. 0 means that nothing asked for is there, 10 "
+    "that all of it is.ABSENT\n"
+    "Second, restraint: how little was changed beyond the instruction. 0 means that the scene is a completely "
+    "different one, 10 that the edit is minimal yet effective.\n"
+    "Instruction: INSTRUCTION" + ANSWER.replace("NUMBERS", "success, restraint")
+)
+ABSENT = " If the instruction names an object that the original does not show, success is 0."
+
+QUALITY = (
+    "You are a professional digital artist who judges the quality of a picture that was made by a machine.\n"
+    "Give two numbers from 0 to 10.\n"
+    "First, naturalness: 0 means that the scene looks wrong (light, shadow, distance, size), 10 that it looks real.\n"
+    "Second, cleanliness: 0 means many artifacts (distortions, watermarks, scratches, blurred faces, odd limbs, things "
+    "that do not fit together), 10 none." + ANSWER.replace("NUMBERS", "naturalness, cleanliness")
+)
+
+RUBRICS = {
+    "add": (
+        "the asked object is there, of the asked kind, number, colour and place",
+        "light, shadow, scale and edges of the new object fit the scene",
+        "everything else is as it was",
+    ),
+    "remove": (
+        "the object is gone completely and no other",
+        "the gap is filled without traces and with fitting texture",
+        "everything else is as it was",
+    ),
+    "replace": (
+        "the old object is gone and the asked one stands there with the asked properties",
+        "the new object fits in light, scale and edges",
+        "everything else is as it was",
+    ),
+    "adjust": (
+        "the asked property (colour, material, shape, expression) has changed as asked and on the asked object",
+        "the changed object looks real and clean",
+        "the object's other properties and the rest are as they were",
+    ),
+    "style": (
+        "the whole picture has the asked style",
+        "strokes, colours and texture are of one piece and without artifacts",
+        "objects, places and composition can still be recognised",
+    ),
+    "background": (
+        "the background is the asked one",
+        "foreground and background fit in edges, light and perspective",
+        "the foreground is as it was",
+    ),
+    "extract": (
+        "exactly the asked object is cut out and complete",
+        "its edges are clean and the ground is plain",
+        "the object's own look is unchanged",
+    ),
+    "action": (
+        "the subject does what was asked",
+        "pose and anatomy are plausible and clean",
+        "identity, clothes and the scene are as they were",
+    ),
+    "compose": (
+        "every part of the instruction is done",
+        "all changes look real and fit each other",
+        "what no part names is as it was",
+    ),
+    "uge": (
+        "all that was asked is done, with the right objects, numbers and attributes",
+        "the result looks seamless and real",
+        "nothing changed that was not asked for",
+    ),
+}
+"""ImgEdit-Bench: what adherence, quality and preservation look at, by type of edit."""
+
+IMGEDIT = (
+    "You judge how well a picture was edited. The first picture is the original, the second is the edited one.\n"
+    "Give three whole numbers from 1 (failed) over 3 (done with clear faults) to 5 (perfect).\n"
+    "First, adherence: ADHERENCE.\nSecond, quality: QUALITY.\nThird, preservation: PRESERVATION.\n"
+    "The second and the third number must not exceed the first.CAP\n"
+    "Instruction: INSTRUCTION" + ANSWER.replace("NUMBERS", "adherence, quality, preservation")
+)
+CAP = " If anything changed that was not asked for, no number exceeds 3."
+
+
+def fill(template: str, instruction: str, **words: str) -> str:
+    """A prompt with its words in capitals filled in."""
+    for name, value in words.items():
+        template = template.replace(name, value)
+    return template.replace("INSTRUCTION", instruction)
+
+
+def parse_scores(text: str, number: int, low: float, high: float) -> list[float]:
+    """The numbers of a judge's answer.
+
+    Raises:
+        ValueError: no JSON object with "score", a wrong number of values, or one out of range: nothing is guessed.
+    """
+    start, end = text.find("{"), text.rfind("}")
+    if start < 0 or end < start:
+        raise ValueError(f"no JSON object in {text[:60]!r}")
+    try:
+        values = json.loads(text[start : end + 1])["score"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"no JSON object with a score in {text[:60]!r}") from error
+    if not isinstance(values, list) or len(values) != number:
+        raise ValueError(f"score {values!r} is no list of {number}")
+    if not all(type(value) in (int, float) and low <= value <= high for value in values):
+        raise ValueError(f"score {values!r} leaves {low:g} to {high:g}")
+    return [float(value) for value in values]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a case is judged.
+
+    Attributes:
+        judge: asks (by a function: prompt, pictures, parse) and gives named scores; the first name is the main one.
+        texts: all prompts, for the protocol.
+    """
+
+    judge: Callable[[Callable, Case, np.ndarray, np.ndarray], dict[str, float]]
+    texts: tuple[Any, ...]
+
+
+def _paper(ask: Callable, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
+    """GPT-Success, GPT-Overedit, and their harmonic mean of this one case, 0 if either is 0 (paper section A.2.2)."""
+    prompt = fill(EDIT, case.instruction, ABSENT=ABSENT)
+    success, overedit = ask(prompt, [source, result], lambda text: parse_scores(text, 2, 0, 10))
+    return {"balance": harmonic_mean(success, overedit), "success": success, "overedit": overedit}
+
+
+def _viescore(ask: Callable, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
+    """SC and PQ are the smaller of their two numbers, O is the root of their product (VIEScore, GEdit-Bench)."""
+    prompt = fill(EDIT, case.instruction, ABSENT="")
+    consistency = min(ask(prompt, [source, result], lambda text: parse_scores(text, 2, 0, 10)))
+    quality = min(ask(QUALITY, [result], lambda text: parse_scores(text, 2, 0, 10)))
+    return {"overall": sqrt(consistency * quality), "consistency": consistency, "quality": quality}
+
+
+def _imgedit(ask: Callable, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
+    """Mean of three numbers from 1 to 5, of which the last two are held down to the first (ImgEdit-Bench)."""
+    rubric = RUBRICS.get(case.edit_type)
+    if rubric is None:
+        raise ValueError(f"no rubric for edits of type {case.edit_type!r}; known are {', '.join(RUBRICS)}")
+    cap = CAP if case.edit_type == "uge" else ""
+    prompt = fill(IMGEDIT, case.instruction, ADHERENCE=rubric[0], QUALITY=rubric[1], PRESERVATION=rubric[2], CAP=cap)
+    adherence, *others = ask(prompt, [source, result], lambda text: parse_scores(text, 3, 1, 5))
+    quality, preservation = (min(value, adherence) for value in others)
+    mean = (adherence + quality + preservation) / 3
+    return {"mean": mean, "adherence": adherence, "quality": quality, "preservation": preservation}
+
+
+RULES = {
+    "paper": Rules(_paper, (EDIT, ABSENT)),
+    "viescore": Rules(_viescore, (EDIT, QUALITY)),
+    "imgedit": Rules(_imgedit, (IMGEDIT, CAP, RUBRICS)),
+}
+
+
+class Judge:
+    """Judges cases by one set of rules, `repeats` times each; a case's score is the mean of its judgements.
+
+    Attributes:
+        settings: what belongs to the protocol.
+    """
+
+    def __init__(self, chat: Chat, rules: str, repeats: int = 1) -> None:
+        if rules not in RULES:
+            raise ValueError(f"judge rules {rules!r} are unknown; use {', '.join(RULES)}")
+        if repeats < 1:
+            raise ValueError(f"repeats is {repeats}: use at least 1")
+        self.chat, self.rules, self.repeats = chat, RULES[rules], repeats
+        self.settings = {
+            "rules": rules, "prompts": self.rules.texts, "model": chat.model, "temperature": chat.temperature,
+            "repeats": repeats,
+        }  # fmt: skip
+        self._seen: dict[str, list[dict[str, float]] | str] = {}
+
+    def __call__(self, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
+        """Named scores of one case.
+
+        Raises:
+            ValueError: the judge gave no answer.
+        """
+        if case.key not in self._seen:
+            try:
+                self._seen[case.key] = [self._once(case, source, result, repeat) for repeat in range(self.repeats)]
+            except ValueError as error:
+                self._seen[case.key] = f"not judged: {error}"
+        found = self._seen[case.key]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+    def _once(self, case: Case, source: np.ndarray, result: np.ndarray, repeat: int) -> dict[str, float]:
+        def ask(prompt: str, pictures: list[np.ndarray], parse: Callable[[str], list[float]]) -> list[float]:
+            return self.chat.ask(prompt, pictures, parse, repeat)
+
+        return self.rules.judge(ask, case, source, result)
+
+    def prepare(self, benchmark: Benchmark, output: Path, workers: int = 1) -> None:
+        """Judge all cases that have a result, `workers` at once; scoring then finds every judgement made."""
+
+        def work(case: Case) -> None:
+            try:
+                before = read_picture(result_path(output, case.previous) if case.previous else case.source)
+                after = read_picture(result_path(output, case.key))
+                self(case, before, fit_result(after, before.shape[:2], benchmark.fit))
+            except ValueError:
+                return  # no result, or no answer: scoring names it
+
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            list(pool.map(work, [case for case in benchmark.cases if case.scored]))
+
+    def agreement(self) -> dict[str, Any] | None:
+        """How far repeated judgements agree, by score; None without repeats.
+
+        Returns:
+            Per score: the share of pairs of judgements of a case that lie within one point, their mean distance, and
+            the number of pairs.
+        """
+        judged = [found for found in self._seen.values() if isinstance(found, list)]
+        if self.repeats < 2 or not judged:
+            return None
+        found = {}
+        for name in judged[0][0]:
+            gaps = [abs(one[name] - two[name]) for case in judged for one, two in combinations(case, 2)]
+            found[name] = {
+                "within_one": round(float(np.mean([gap <= 1 for gap in gaps])), 6),
+                "mean_distance": round(float(np.mean(gaps)), 6),
+                "pairs": len(gaps),
+            }
+        return found
+
+
+def make_judge(
+    benchmark: str, url: str, model: str, cache: Path, *, rules: str | None = None, repeats: int = 1
+) -> Judge:
+    """A judge by the rules of a benchmark: viescore for gedit, imgedit for imgedit, the paper's for all others.
+
+    Repeated judgements are sampled at temperature 1, single ones at 0.
+    """
+    rules = rules or {"gedit": "viescore", "imgedit": "imgedit"}.get(benchmark, "paper")
+    return Judge(Chat(url, model, cache, temperature=0.0 if repeats == 1 else 1.0), rules, repeats)

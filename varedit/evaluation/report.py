@@ -1,0 +1,187 @@
+"""Runs side by side: tables with intervals, paired tests, Markdown, JSON, and the page of `page.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from varedit.evaluation.scores import DIGITS, SCORES, digest, write_json
+
+NUM_FLIPS = 10_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of results with its scores; `label` tells it from the others."""
+
+    label: str
+    folder: Path
+    scores: dict[str, Any]
+
+
+def load_runs(folders: Sequence[Path], *, allow_different: bool = False) -> list[Run]:
+    """The score files of some folders.
+
+    Raises:
+        ValueError: a folder without a sound score file, or protocols that differ and are not allowed to.
+    """
+    runs: list[Run] = []
+    for folder in folders:
+        path = folder / SCORES
+        try:
+            scores = json.loads(path.read_text(encoding="utf-8"))
+            found = digest(scores["protocol"]) == scores["protocol_sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no score file ({error}); run `varedit evaluate run` first") from error
+        if not found:
+            raise ValueError(f"{path} was changed by hand: its protocol does not have its hash; score the folder again")
+        label = folder.resolve().name
+        taken = sum(run.label.split(" #")[0] == label for run in runs)
+        runs.append(Run(f"{label} #{taken + 1}" if taken else label, folder, scores))
+    for run in runs[1:]:
+        differing = protocol_differences(runs[0], run)
+        if differing and not allow_different:
+            raise ValueError(
+                f"{runs[0].folder} and {run.folder} were scored by different protocols (they differ in "
+                f"{', '.join(differing)}); their numbers do not compare. Pass --allow-different to see them anyway"
+            )
+    return runs
+
+
+def protocol_differences(first: Run, second: Run) -> list[str]:
+    """Names of the parts of the protocol in which two runs differ."""
+    one, two = first.scores["protocol"], second.scores["protocol"]
+    return sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A score of two runs on their common cases.
+
+    Attributes:
+        difference: mean of second - first, with its 95 % bootstrap interval low..high.
+        p: two-sided, by flipping the signs of the differences at random (with equal differences it is 1).
+        wins: cases in which the second is better; losses: in which the first is; n: common cases.
+    """
+
+    metric: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    wins: int
+    losses: int
+    n: int
+
+
+def paired(first: Run, second: Run, metric: str) -> Paired | None:
+    """Compare two runs case by case; None without common cases. The same input gives the same numbers."""
+    values = [
+        {row["key"]: row["scores"][metric] for row in run.scores["rows"] if row["scores"].get(metric) is not None}
+        for run in (first, second)
+    ]
+    keys = sorted(values[0].keys() & values[1].keys())
+    if not keys:
+        return None
+    gaps = np.array([values[1][key] - values[0][key] for key in keys])
+    rng = np.random.default_rng(len(keys))
+    drawn = np.array([gaps[rng.integers(0, len(gaps), len(gaps))].mean() for _ in range(2000)])
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    flipped = np.array([(rng.choice((-1.0, 1.0), len(gaps)) * gaps).mean() for _ in range(NUM_FLIPS)])
+    extreme = np.abs(flipped) >= abs(gaps.mean()) - 1e-12
+    sign = 1 if first.scores["better"].get(metric, "higher") == "higher" else -1
+    numbers = (gaps.mean(), low, high, (extreme.sum() + 1) / (NUM_FLIPS + 1))
+    return Paired(
+        metric,
+        *(round(float(number), DIGITS) for number in numbers),
+        wins=int((sign * gaps > 0).sum()),
+        losses=int((sign * gaps < 0).sum()),
+        n=len(keys),
+    )
+
+
+def comparisons(runs: Sequence[Run]) -> list[tuple[Run, Run, list[Paired]]]:
+    """The first run against each of the others."""
+    found = []
+    for run in runs[1:]:
+        names = [name for name in runs[0].scores["overall"] if name in run.scores["overall"]]
+        found.append((runs[0], run, [pair for name in names if (pair := paired(runs[0], run, name)) is not None]))
+    return found
+
+
+def write_report(runs: Sequence[Run], html: Path, max_strips: int = 400) -> list[Path]:
+    """Write the page, and the same numbers as Markdown and JSON beside it; the paths.
+
+    Args:
+        max_strips: cases shown with pictures.
+    """
+    from varedit.evaluation.page import page
+
+    pairs = comparisons(runs)
+    html.parent.mkdir(parents=True, exist_ok=True)
+    html.write_text(page(runs, pairs, max_strips), encoding="utf-8")
+    markdown_path, json_path = html.with_suffix(".md"), html.with_suffix(".json")
+    markdown_path.write_text(markdown(runs, pairs), encoding="utf-8")
+    write_json(
+        json_path,
+        {
+            "runs": [
+                {"label": run.label} | {key: value for key, value in run.scores.items() if key != "rows"}
+                for run in runs
+            ],
+            "paired": [
+                {"first": one.label, "second": two.label, "scores": [asdict(pair) for pair in found]}
+                for one, two, found in pairs
+            ],
+        },
+    )
+    return [html, markdown_path, json_path]
+
+
+def markdown(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run, list[Paired]]]) -> str:
+    """The tables as Markdown."""
+    lines = [f"# {runs[0].scores['protocol']['benchmark']}", ""]
+    for run in runs:
+        cases, protocol = run.scores["cases"], run.scores["protocol_sha256"][:12]
+        lines.append(f"- {run.label}: {cases['scored']} of {cases['total']} cases scored, protocol `{protocol}`")
+    for run in runs:
+        names = list(run.scores["overall"])
+        lines += ["", f"## {run.label}", "", f"| type | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+        for label, means in [*run.scores["types"].items(), ("all", run.scores["overall"])]:
+            count = max((mean["n"] for mean in means.values()), default=0)
+            cells = [interval(means[name]) if name in means else "-" for name in names]
+            lines.append(f"| {label or '(none)'} | {count} | {' | '.join(cells)} |")
+    for one, two, found in pairs:
+        lines += ["", f"## {two.label} against {one.label}, case by case", ""]
+        lines += ["| score | difference | p | better | worse | n |", "|---|---|---|---|---|---|"]
+        for pair in found:
+            gap = f"{pair.difference:+.3f} ({pair.low:+.3f} to {pair.high:+.3f})"
+            lines.append(f"| {pair.metric} | {gap} | {pair.p:.4f} | {pair.wins} | {pair.losses} | {pair.n} |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(mean: dict[str, Any]) -> str:
+    """0.512 (0.470 to 0.553)."""
+    return f"{mean['mean']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})"
+
+
+def summary_table(result: dict[str, Any]) -> Any:
+    """Means by type as a table for a terminal."""
+    from rich.table import Table
+
+    names = list(result["overall"])
+    table = Table(title=f"{result['protocol']['benchmark']}, protocol {result['protocol_sha256'][:12]}")
+    table.add_column("type")
+    table.add_column("n", justify="right")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for label, means in [*result["types"].items(), ("all", result["overall"])]:
+        cells = [f"{means[name]['mean']:.3f}" if name in means else "-" for name in names]
+        count = max((mean["n"] for mean in means.values()), default=0)
+        table.add_row(label or "(none)", str(count), *cells)
+    return table

@@ -1,0 +1,340 @@
+"""Results to scores: per case, per type and overall, with bootstrap intervals and a hash of the whole protocol.
+
+`scores.json` holds no times and no chance: scoring the same folder again writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from varedit.evaluation import checker, metrics
+from varedit.evaluation.cases import Benchmark, Case, Fit, read_mask, read_picture
+from varedit.evaluation.features import Backbones, clip_direction, cosine, dino_embedding, structure_distance
+from varedit.evaluation.generate import RUN, case_digest, read_manifest, result_path
+from varedit.evaluation.judge import Judge
+
+SCORES, THUMBNAILS = "scores.json", "thumbnails"
+NUM_BOOTSTRAP = 2000
+DIGITS = 6
+"""Scores are rounded to this many decimals: the last bits of a float depend on the machine."""
+
+
+class Sample:
+    """One case with its result, read when needed. Arrays are uint8 (H, W, 3), the mask bool (H, W)."""
+
+    def __init__(self, case: Case, output: Path, fit: Fit, chain: Sequence[Case]) -> None:
+        self.case, self.output, self.fit, self.chain = case, output, fit, chain
+        self.original = read_picture(result_path(output, case.key))
+        self.source = self._given()
+        self.result = metrics.fit_result(self.original, self.source.shape[:2], fit)
+
+    def _given(self) -> np.ndarray:
+        """What the editor was given: the source, or the result of the turn before."""
+        if self.case.previous is None:
+            return read_picture(self.case.source)
+        return read_picture(result_path(self.output, self.case.previous))
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        if self.case.target is None:
+            raise ValueError("the case has no target")
+        return read_picture(self.case.target)
+
+    @cached_property
+    def on_target(self) -> np.ndarray:
+        """The result at the target's size."""
+        return metrics.fit_result(self.original, self.target.shape[:2], self.fit)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        if self.case.mask is None:
+            raise ValueError("the case has no mask")
+        return read_mask(self.case.mask, self.source.shape[:2])
+
+    @cached_property
+    def verdict(self) -> checker.Verdict:
+        regions = self.case.regions() if self.case.regions is not None else None
+        return checker.check(self.source, self.target, self.result, self.mask, regions)
+
+    def stray(self) -> float:
+        """Share of the frame that changed without being asked."""
+        if self.case.regions is not None:
+            return self.verdict.stray
+        return float(checker.stray_pixels(self.source, self.source, self.result, self.mask).mean())
+
+    def drift(self) -> float | None:
+        """Wear since the first turn of the chain; None for a first turn."""
+        if len(self.chain) < 2:
+            return None
+        first = read_picture(self.chain[0].source)
+        masks = [read_mask(case.mask, first.shape[:2]) for case in self.chain if case.mask is not None]
+        return metrics.drift(first, metrics.fit_result(self.original, first.shape[:2], self.fit), masks)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of one case: how it is computed (None where it does not apply), and which way is better."""
+
+    compute: Callable[[Sample, Backbones], float | None]
+    better: Literal["higher", "lower"]
+    uses: Literal["", "clip", "dino", "structure", "lpips"] = ""
+
+
+def _clip_dir(sample: Sample, models: Backbones) -> float:
+    clip, case = models.clip, sample.case
+    _need_captions(case, case.source_caption, case.target_caption)
+    pictures = clip.image(sample.source), clip.image(sample.result)
+    return clip_direction(*pictures, clip.text(case.source_caption), clip.text(case.target_caption))
+
+
+def _clip_text(sample: Sample, models: Backbones, picture: np.ndarray) -> float:
+    _need_captions(sample.case, sample.case.target_caption)
+    return cosine(models.clip.image(picture), models.clip.text(sample.case.target_caption))
+
+
+def _need_captions(case: Case, *captions: str) -> None:
+    if not all(captions):
+        raise ValueError("the case has no caption")
+
+
+def _lpips(sample: Sample, models: Backbones) -> float | None:
+    import torch
+
+    if sample.mask.all():
+        return None
+    pictures = (metrics.background(picture, sample.mask) for picture in (sample.result, sample.source))
+    first, second = (torch.from_numpy(p * 2 - 1).float().permute(2, 0, 1)[None] for p in pictures)
+    return models.lpips(first, second)
+
+
+METRICS: dict[str, Metric] = {
+    # against a known answer
+    "success": Metric(lambda s, m: float(s.verdict.success), "higher"),
+    "completeness": Metric(lambda s, m: s.verdict.completeness, "higher"),
+    "preservation": Metric(lambda s, m: s.verdict.preservation, "higher"),
+    "balance": Metric(lambda s, m: s.verdict.balance, "higher"),
+    "outside_psnr": Metric(lambda s, m: s.verdict.outside_psnr, "higher"),
+    "l1": Metric(lambda s, m: metrics.l1(s.on_target, s.target), "lower"),
+    "l2": Metric(lambda s, m: metrics.l2(s.on_target, s.target), "lower"),
+    "clip_i": Metric(lambda s, m: cosine(m.clip.image(s.original), m.clip.image(s.target)), "higher", "clip"),
+    "dino": Metric(
+        lambda s, m: cosine(dino_embedding(m.dino, s.original), dino_embedding(m.dino, s.target)), "higher", "dino"
+    ),
+    # against captions
+    "clip_out": Metric(lambda s, m: _clip_text(s, m, s.original), "higher", "clip"),
+    "clip_dir": Metric(_clip_dir, "higher", "clip"),
+    "clip_whole": Metric(lambda s, m: max(0.0, _clip_text(s, m, s.result)), "higher", "clip"),
+    "clip_edit": Metric(lambda s, m: max(0.0, _clip_text(s, m, s.result * s.mask[..., None])), "higher", "clip"),
+    # against the source
+    "l1_source": Metric(lambda s, m: metrics.l1(s.result, s.source), "lower"),
+    "clip_i_source": Metric(lambda s, m: cosine(m.clip.image(s.original), m.clip.image(s.source)), "higher", "clip"),
+    "dino_source": Metric(
+        lambda s, m: cosine(dino_embedding(m.dino, s.original), dino_embedding(m.dino, s.source)), "higher", "dino"
+    ),
+    "structure": Metric(lambda s, m: structure_distance(m.structure, s.source, s.result), "lower", "structure"),
+    "misalignment": Metric(lambda s, m: metrics.misalignment(s.source, s.result), "lower"),
+    "drift": Metric(lambda s, m: s.drift(), "lower"),
+    # against the source, outside the mask
+    "stray": Metric(lambda s, m: s.stray(), "lower"),
+    "psnr": Metric(lambda s, m: metrics.background_psnr(s.source, s.result, s.mask), "higher"),
+    "mse": Metric(lambda s, m: metrics.background_mse(s.source, s.result, s.mask), "lower"),
+    "ssim": Metric(lambda s, m: metrics.background_ssim(s.source, s.result, s.mask), "higher"),
+    "lpips": Metric(_lpips, "lower", "lpips"),
+}  # fmt: skip
+
+JUDGED = "judge_"
+"""Scores of a judge start with this; higher is better for all of them."""
+
+
+def check_metrics(names: Sequence[str], models: Backbones) -> None:
+    """Load what the metrics need, so that a missing network is told before hours of generation.
+
+    Raises:
+        ValueError: an unknown metric, or a network or package that is not at hand.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metric {name!r} is unknown; use {', '.join(METRICS)}")
+        if METRICS[name].uses:
+            getattr(models, METRICS[name].uses)
+    if "ssim" in names:
+        metrics.torchmetrics_image()
+
+
+def score(
+    benchmark: Benchmark,
+    output: Path,
+    names: Sequence[str],
+    models: Backbones,
+    judge: Judge | None = None,
+    on_case: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Score the results in a folder and write `scores.json`.
+
+    Cases without a result, unreadable ones and those the judge gave no answer for are listed with their reasons; no
+    mean runs over them.
+
+    Raises:
+        ValueError: no case could be scored.
+    """
+    manifest, chains = read_manifest(output), _lines(benchmark.cases)
+    rows: list[dict[str, Any]] = []
+    failures = [{"key": key, "reason": reason} for key, reason in benchmark.problems]
+    digests = []
+    for number, case in enumerate(benchmark.cases, 1):
+        try:
+            digests.append(case_digest(case))
+            if not case.scored:
+                continue
+            _expect_result(manifest.get(case.key), digests[-1])
+            sample = Sample(case, output, benchmark.fit, chains[case.key])
+            rows.append(_row(sample, names, models, judge))
+            _thumbnails(sample)
+        except ValueError as error:
+            failures.append({"key": case.key, "reason": str(error)})
+        if on_case is not None:
+            on_case(number)
+    if not rows:
+        raise ValueError(f"no case of {output} could be scored: {failures[0]['reason'] if failures else 'no cases'}")
+    settings = judge.settings if judge is not None else None
+    protocol = _protocol(benchmark, digests, names, models, settings)
+    shown = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    result = {
+        "protocol": protocol,
+        "protocol_sha256": digest(protocol),
+        "run": json.loads((output / RUN).read_text(encoding="utf-8")),
+        "notes": benchmark.notes,
+        "cases": {
+            "total": sum(case.scored for case in benchmark.cases) + len(benchmark.problems),
+            "scored": len(rows),
+            "resized": sum(row["resized"] for row in rows),
+            "failed": failures,
+        },
+        "agreement": judge.agreement() if judge is not None else None,
+        "better": {name: METRICS[name].better if name in METRICS else "higher" for name in shown},
+        "overall": summary(rows, shown, "overall"),
+        "types": {
+            name: summary([row for row in rows if row["type"] == name], shown, name)
+            for name in sorted({row["type"] for row in rows})
+        },
+        "rows": rows,
+    }
+    write_json(output / SCORES, result)
+    return result
+
+
+def _thumbnails(sample: Sample) -> None:
+    """Small copies of what the report shows beside the result; the benchmark is not read again for it."""
+    folder = sample.output / THUMBNAILS
+    folder.mkdir(exist_ok=True)
+    pictures = {"source": sample.source} | ({"target": sample.target} if sample.case.target is not None else {})
+    for role, pixels in pictures.items():
+        image = Image.fromarray(pixels)
+        image.thumbnail((256, 256))
+        image.save(folder / f"{sample.case.key}.{role}.webp", quality=85)
+
+
+def _lines(cases: Sequence[Case]) -> dict[str, list[Case]]:
+    """Every case with the turns before it, from the first to itself."""
+    lines: dict[str, list[Case]] = {}
+    for case in cases:
+        lines[case.key] = [*lines.get(case.previous or "", []), case]
+    return lines
+
+
+def _expect_result(row: dict[str, Any] | None, wanted: str) -> None:
+    if row is None:
+        raise ValueError("no result yet")
+    if row["status"] != "ok":
+        raise ValueError(f"no result: {row.get('error', 'unknown reason')}")
+    if row["case"] != wanted:
+        raise ValueError("the result was made for another case of this key; generate it again")
+
+
+def _row(sample: Sample, names: Sequence[str], models: Backbones, judge: Judge | None) -> dict[str, Any]:
+    case = sample.case
+    values = {name: METRICS[name].compute(sample, models) for name in names}
+    if judge is not None:
+        values |= {JUDGED + name: value for name, value in judge(case, sample.source, sample.result).items()}
+    for name, value in values.items():
+        if value is not None and not np.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    return {
+        "key": case.key,
+        "type": case.edit_type,
+        "instruction": case.instruction,
+        "resized": sample.original.shape != sample.result.shape,
+        "scores": {name: None if value is None else round(float(value), DIGITS) for name, value in values.items()},
+    }
+
+
+def _protocol(
+    benchmark: Benchmark, digests: list[str], names: Sequence[str], models: Backbones, judge: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All that must be equal for two score files to be compared; the editor is not part of it."""
+    uses = sorted({METRICS[name].uses for name in names} - {""})
+    networks = {use: models.protocol(use) for use in uses}
+    exact = {name: value for name, value in vars(checker).items() if name.isupper()}
+    return {
+        "benchmark": benchmark.name,
+        "settings": benchmark.settings,
+        "fit": benchmark.fit,
+        "num_cases": len(benchmark.cases),
+        "cases": digest(digests),
+        "metrics": list(names),
+        "networks": networks,
+        "checker": exact,
+        "judge": judge,
+    }
+
+
+def digest(value: Any) -> str:
+    """Hash of plain JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % bootstrap interval over n cases."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(values: Sequence[float], label: str) -> Mean:
+    """Mean of `values` with a percentile interval; the resamples are a function of `label` and the number alone."""
+    data = np.asarray(values, np.float64)
+    seed = int.from_bytes(hashlib.sha256(f"{label} {len(data)}".encode()).digest()[:8])
+    rng = np.random.default_rng(seed)
+    means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(NUM_BOOTSTRAP)])
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Mean(round(float(data.mean()), DIGITS), round(float(low), DIGITS), round(float(high), DIGITS), len(data))
+
+
+def summary(rows: list[dict[str, Any]], names: Sequence[str], label: str) -> dict[str, Any]:
+    """Means by metric over the rows that have it."""
+    found = {}
+    for name in names:
+        values = [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
+        if values:
+            found[name] = asdict(bootstrap(values, f"{label} {name}"))
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values so that equal values give equal bytes, at once."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

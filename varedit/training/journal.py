@@ -1,0 +1,211 @@
+"""The run folder: what was asked, where and on what it runs, how it goes.
+
+`config.yaml`, `environment.json` and `data.json` are written at the start; `metrics.jsonl` has a line every `log_every`
+steps and one a validation; `samples/` has pictures, `checkpoints/` the way back in, `model/` or `lora/` the result, and
+`tensorboard/` the same numbers and pictures where the package tensorboard is installed.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from varedit import __version__
+from varedit.training.config import MAY_CHANGE, RunConfig, changed_fields, load_config, save_config
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors")
+_MAX_SCALES = 13
+
+
+class Journal:
+    """Writes the run folder. Only the first process has one.
+
+    Args:
+        folder: of the run, made if absent.
+        config: of the run.
+        resume: go on with the run in the folder.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is False, or no run and it is True, or the run there has
+            another config in a field that would make it another run.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, resume: bool) -> None:
+        self.folder, self.config = folder, config
+        self._metrics, self._config = folder / "metrics.jsonl", folder / "config.yaml"
+        check_folder(folder, config, resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, self._config)
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        self._board = self._open_board()
+        self._bar: Progress | None = None
+        self._started, self._first_samples = time.monotonic(), 0
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`: a resumed run writes them again."""
+        if not self._metrics.exists():
+            return
+        kept = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:  # the run was killed while it wrote this line
+                continue
+        partial = self._metrics.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self._metrics)
+
+    def start(self, step: int, samples: int) -> None:
+        """Show the progress bar, on a terminal."""
+        self._started, self._first_samples = time.monotonic(), samples
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+            self._bar.start()
+            self._bar.add_task("", total=self.config.steps, completed=step)
+
+    def write(self, step: int, samples: int, values: dict[str, Any]) -> None:
+        """One line of metrics; numbers, and lists of numbers."""
+        rate = (samples - self._first_samples) / max(time.monotonic() - self._started, 1e-9)
+        row = {"step": step, "samples": samples, "samples_per_second": round(rate, 3), **values}
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                parts = enumerate(value) if isinstance(value, list) else [(None, value)]
+                for index, part in parts:
+                    self._board.add_scalar(name if index is None else f"{name}/{index}", part, step)
+        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, description=f"{rate:.1f}/s  {text}")
+        else:
+            left = (self.config.steps - step) * self.config.batch_size / max(rate, 1e-9)
+            logger.info("step %d of %d, %.1f samples/s, %s left: %s", step, self.config.steps, rate, _time(left), text)
+
+    def picture(self, name: str, step: int, picture: Image.Image) -> None:
+        """Show a sample sheet in TensorBoard; the PNG is written by the caller."""
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def _open_board(self) -> Any:
+        if importlib.util.find_spec("tensorboard") is None:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder / "tensorboard"))
+
+
+def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
+    """Raise ValueError if a run cannot begin, or go on, in this folder."""
+    saved = folder / "config.yaml"
+    if not resume:
+        if saved.exists():
+            raise ValueError(f"output {str(folder)!r} holds a run; pass --resume to go on with it, or another folder")
+        return
+    if not saved.exists():
+        raise ValueError(f"output {str(folder)!r} holds no run to resume; leave out --resume to begin one")
+    changed = [name for name in changed_fields(load_config(type(config), saved), config) if name not in MAY_CHANGE]
+    if changed:
+        raise ValueError(
+            f"the run in {str(folder)!r} has another {', '.join(changed)}; use its config.yaml, or a new folder"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """What a run depends on beside its config: versions, hardware, the revision of the code."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "varedit": __version__,
+        "git": git_revision(),
+        "python": sys.version.split()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": versions,
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout that this package runs from, "+changes" where files differ; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+
+    try:
+        revision, changes = git("rev-parse", "HEAD").strip(), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+changes" if changes.strip() else "")
+
+
+class Sums:
+    """Sums of metrics over micro-batches and steps, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # (2,) or (2, scales): sum and count
+
+    def add(self, values: dict[str, Tensor | tuple[Tensor, Tensor]], weight: float = 1.0) -> None:
+        """Add means of equal weight, or (sum, count) pairs. Vectors have one entry a scale; all are padded to 13."""
+        for name, value in values.items():
+            total, count = value if isinstance(value, tuple) else (value, torch.ones_like(value))
+            both = torch.stack([total.detach().double(), count.double()]) * weight
+            if both.ndim == 2:
+                both = torch.nn.functional.pad(both, (0, _MAX_SCALES - both.shape[1]))
+            self._sums[name] = self._sums[name] + both if name in self._sums else both
+
+    def means(self, reduce=None) -> dict[str, float | list[float]]:
+        """Means over everything added, over all processes with `reduce`; begins anew.
+
+        Args:
+            reduce: sums a tensor over all processes in place. All must then have the same metrics.
+        """
+        means: dict[str, float | list[float]] = {}
+        for name in sorted(self._sums):
+            total, count = reduce(self._sums[name]) if reduce else self._sums[name]
+            if total.ndim:
+                means[name] = [float(t / c) for t, c in zip(total, count) if c > 0]
+            elif count > 0:
+                means[name] = float(total / count)
+        self._sums = {}
+        return means
+
+
+def _short(value: Any) -> str:
+    return " ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:.4g}"
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,227 @@
+"""The loop of every training: data, gradients, new weights, what is logged and saved, and the exact way back in.
+
+Everything random is a function of (seed, step, position in the batch): a run that was killed goes on from its last
+checkpoint with the very losses that it would have had.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from varedit.training.checkpoint import Checkpoints, training_state
+from varedit.training.config import RunConfig, check_processes
+from varedit.training.data import HeldOut, MicroBatch, Plan, batches, stream_seed
+from varedit.training.journal import Journal, Sums
+from varedit.training.processes import Processes, is_sharded, set_gradient_sync
+from varedit.training.updates import (
+    Average,
+    build_optimizers,
+    clip_gradients,
+    learning_rate_factor,
+    set_learning_rates,
+    trainable,
+)
+
+logger = logging.getLogger(__name__)
+
+_LARGE = 1000  # pairs after which the share of unusable ones is judged
+
+
+class Training(Protocol):
+    """What is trained. Modules are on their device and, if asked for, sharded."""
+
+    modules: dict[str, nn.Module]
+    plan: Plan
+    held_out: HeldOut | None
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a micro-batch, and metrics: scalars or vectors with one entry a scale."""
+
+    def validate(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Metrics of a micro-batch of held-out pairs, no gradients, nothing random."""
+
+    def sample(self, step: int, folder: Path, journal: Journal | None) -> None:
+        """Write sample pictures. Called on every process; only the first has a journal and writes."""
+
+    def export(self, folder: Path) -> None:
+        """Write the result. Called on every process; only the first writes."""
+
+
+class Loop:
+    """Drives a training from its last checkpoint, or from the start, to its last step.
+
+    Args:
+        config: of the run.
+        training: what is trained.
+        processes: who we are.
+        folder: of the run.
+        resume: go on with the run in the folder.
+
+    Raises:
+        ValueError: see `Journal` and `check_processes`.
+    """
+
+    def __init__(self, config: RunConfig, training: Training, processes: Processes, folder: Path, resume: bool) -> None:
+        check_processes(config, processes.count)
+        self.config, self.training, self.processes, self.folder = config, training, processes, folder
+        self.journal = Journal(folder, config, resume) if processes.first else None
+        self.parameters = trainable(training.modules)
+        self.optimizers = build_optimizers(training.modules, config.optimizer)
+        self.average = Average(self.parameters, config.ema_decay) if config.ema_decay else None
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", processes, config.keep_checkpoints, config.async_checkpoints
+        )
+        self.state = training_state(self.parameters, self.optimizers, self.average)
+        self.step, self.num_skipped = 0, 0
+        if resume and self.checkpoints.steps():
+            saved = self.checkpoints.load(self.state)
+            self.step, self.num_skipped = saved["step"], saved["num_skipped"]
+        self.sums = Sums()
+        if self.journal is not None:
+            self.journal.rewind(self.step)
+
+    def run(self) -> None:
+        """Train to the last step, and write the result.
+
+        Raises:
+            ValueError: the loss is no longer finite, or too many pairs cannot be used.
+            CheckpointError: a checkpoint could not be written.
+        """
+        config = self.config
+        if self.journal is not None:
+            self.journal.start(self.step, self.step * config.batch_size)
+        process = (self.processes.rank, self.processes.count)
+        data = batches(
+            self.training.plan, config.micro_batch_size, self.step, config.steps, process, config.data.num_workers
+        )
+        try:
+            while self.step < config.steps:
+                self.train_step(data)
+                self.after_step()
+            self.save()
+            self.checkpoints.finish()
+            with self.for_use():
+                self.training.export(self.folder)
+            self.processes.barrier()
+        finally:
+            if self.journal is not None:
+                self.journal.close()
+
+    def train_step(self, data: Iterator[MicroBatch]) -> None:
+        """One step: all micro-batches of this process, the sum of gradients, one update."""
+        config, modules = self.config, self.training.modules
+        num_micro = config.batch_size // config.micro_batch_size
+        own = num_micro // self.processes.count
+        set_learning_rates(self.optimizers, learning_rate_factor(self.step, config.steps, config.optimizer))
+        for index in range(own):
+            batch = next(data)
+            assert batch.step == self.step, f"the data is at step {batch.step}, the loop at {self.step}"
+            self._note_skipped(batch)
+            for module in modules.values():
+                set_gradient_sync(module, index == own - 1)
+            torch.manual_seed(stream_seed("dropout", config.seed, self.step, batch.positions[0]))
+            loss, metrics = self.training.loss(batch)
+            # FSDP2 averages over processes where replicas are summed.
+            share = self.processes.count if any(is_sharded(m) for m in modules.values()) else 1
+            (loss * (share / num_micro)).backward()
+            self.sums.add({"loss": loss, **metrics})
+        for module in modules.values():
+            if not is_sharded(module):
+                self.processes.sum_gradients(p for p in module.parameters() if p.requires_grad)
+        for name, module in modules.items():
+            norm = clip_gradients(module, config.optimizer.clip, self.processes)
+            self.sums.add({f"gradient_norm_{name}" if len(modules) > 1 else "gradient_norm": norm})
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.step)
+        self.step += 1
+
+    def after_step(self) -> None:
+        """Log, validate, sample and save where it is time."""
+        config, step = self.config, self.step
+        self.checkpoints.poll()
+        if step % config.log_every == 0 or step == config.steps:
+            self.log(self.sums.means(self.processes.sum))
+        if _due(step, config.validate_every):
+            self.validate()
+        if _due(step, config.sample_every):
+            with self.for_use():
+                self.training.sample(step, self.folder / "samples", self.journal)
+            self.processes.barrier()
+        if _due(step, config.save_every) and step < config.steps:
+            self.save()
+
+    def log(self, means: dict) -> None:
+        """Write metrics; a loss that is not finite ends the run (the last checkpoint is still good)."""
+        factor = learning_rate_factor(self.step - 1, self.config.steps, self.config.optimizer)
+        if self.journal is not None:
+            self.journal.write(
+                self.step,
+                self.step * self.config.batch_size,
+                {**means, "learning_rate": factor * self.config.optimizer.lr},
+            )
+        if not math.isfinite(means["loss"]):
+            raise ValueError(
+                f"the loss of step {self.step} is {means['loss']}; resume from the last checkpoint with a lower "
+                "optimizer.lr or optimizer.clip, as a new run"
+            )
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Metrics over the held-out pairs, shared out over the processes."""
+        plan, config, processes = self.training.held_out, self.config, self.processes
+        if plan is None:
+            return
+        sums = Sums()
+        num_micro = len(plan)
+        # Sharded models compute together: every process must run equally often, the last ones for nothing.
+        rounds = -(-num_micro // processes.count)
+        with self.for_use():
+            for turn in range(rounds):
+                index = turn * processes.count + processes.rank
+                batch = plan.batch(min(index, num_micro - 1))
+                sums.add(self.training.validate(batch), weight=float(index < num_micro) * len(batch.positions))
+        means = {f"validation_{name}": value for name, value in sums.means(processes.sum).items()}
+        if self.journal is not None:
+            self.journal.write(self.step, self.step * config.batch_size, means)
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done."""
+        self.checkpoints.save(self.step, self.state, {"num_skipped": self.num_skipped})
+
+    @contextlib.contextmanager
+    def for_use(self) -> Iterator[None]:
+        """The weights that are validated, sampled and exported: the average, if there is one; evaluation mode."""
+        modules = self.training.modules.values()
+        for module in modules:
+            module.eval()
+        try:
+            with self.average.applied() if self.average is not None else contextlib.nullcontext():
+                yield
+        finally:
+            for module in modules:
+                module.train()
+
+    def _note_skipped(self, batch: MicroBatch) -> None:
+        for name in batch.skipped:
+            logger.warning("skipped %s", name)
+        self.num_skipped += len(batch.skipped)
+        seen = max((self.step + 1) * self.config.batch_size // self.processes.count, _LARGE)
+        limit = self.config.data.max_bad_fraction
+        if self.num_skipped > limit * seen:
+            raise ValueError(
+                f"{self.num_skipped} pairs could not be used, more than data.max_bad_fraction {limit} of the pairs so "
+                "far; repair the data, or allow more"
+            )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,93 @@
+"""Opening the data of a run: what is trained on, what is held out, and a fingerprint of both."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from varedit import __version__
+from varedit.training.config import RunConfig
+from varedit.training.data import IndexedPairs, Pairs, WorldPairs, stream_seed
+from varedit.training.pair_index import load_entries, save_entries, scan
+from varedit.training.processes import Processes
+
+logger = logging.getLogger(__name__)
+
+_INDEX, _FACTS = "pairs.index.json", "data.json"
+
+
+def open_pairs(config: RunConfig, processes: Processes, folder: Path) -> tuple[Pairs, Pairs | None]:
+    """Pairs to train on and held-out pairs (None if the config wants none); writes `data.json` of the run.
+
+    A folder is scanned once, by the first process; a resumed run reads the scan again.
+
+    Raises:
+        ValueError: the data cannot be used, or has changed since the run began.
+    """
+    data = config.data
+    facts: dict[str, Any] = {"source": data.source}
+    if data.source == "world":
+        pairs: Pairs = WorldPairs(data, config.seed, "train")
+        held_out: Pairs | None = WorldPairs(data, config.seed + 1, "test") if data.validation_count else None
+        for name in ("objects", "photos"):
+            place = getattr(data, name)
+            facts[name] = _listing(Path(place)) if place else None
+        facts["fingerprint"] = _digest([__version__, facts])
+    else:
+        entries, facts["fingerprint"] = _entries(Path(data.source), folder / _INDEX, config, processes)
+        facts["pairs"] = len(entries)
+        order = np.random.default_rng(stream_seed("held out", config.seed)).permutation(len(entries))
+        count = 0 if data.validation else min(data.validation_count, len(entries) // 2)
+        if not data.validation and count < data.validation_count:
+            logger.warning("of %d pairs only %d are held out for validation", len(entries), count)
+        kept = sorted(order[count:])
+        pairs = IndexedPairs(Path(data.source), [entries[i] for i in kept], data, config.seed)
+        held = [entries[i] for i in sorted(order[:count])]
+        held_out = IndexedPairs(Path(data.source), held, data, config.seed) if held else None
+    if data.validation and data.validation_count:
+        entries, facts["validation_fingerprint"] = _entries(
+            Path(data.validation), folder / f"validation.{_INDEX}", config, processes
+        )
+        held_out = IndexedPairs(Path(data.validation), entries[: data.validation_count], data, config.seed)
+    if processes.first:
+        _write_facts(folder / _FACTS, facts)
+    return pairs, held_out
+
+
+def _entries(source: Path, index: Path, config: RunConfig, processes: Processes) -> tuple[list[dict[str, Any]], str]:
+    if processes.first and not index.exists():
+        entries, tally = scan(source, config.data.max_bad_fraction)
+        logger.info("%s: %s", source, tally.summary())
+        index.parent.mkdir(parents=True, exist_ok=True)
+        save_entries(entries, index)
+    processes.barrier()
+    return load_entries(index)
+
+
+def _write_facts(path: Path, facts: dict[str, Any]) -> None:
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["fingerprint"] != facts["fingerprint"]:
+            raise ValueError(f"the data {facts['source']!r} has changed since this run began; begin a new run")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def _listing(folder: Path) -> str:
+    """Digest of the names and sizes of a folder's files."""
+    if not folder.is_dir():
+        raise ValueError(f"data folder {str(folder)!r} is not there; give one that is, or leave it out")
+    return _digest(sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file()))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def forget_scans(folder: Path) -> None:
+    """Remove what an attempt that never began has left in a run folder."""
+    for name in (_INDEX, f"validation.{_INDEX}", _FACTS):
+        (folder / name).unlink(missing_ok=True)
