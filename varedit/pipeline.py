@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from varedit import quantizer
+from varedit._diffusers import check_text_encoder
 from varedit.image_processor import Fit, ImageInput, Prepared, prepare, to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.sampling import guide, random_uniform, sample_bits
@@ -136,8 +138,13 @@ class VAREditPipeline(DiffusionPipeline):
         Raises:
             ValueError: a weight is missing, extra or of another shape.
         """
-        kwargs.setdefault("use_safetensors", True)
-        pipeline = super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        kwargs["use_safetensors"] = True
+        folder = str(pretrained_model_name_or_path)
+        if not os.path.isdir(folder):
+            folder = str(cls.download(folder, **kwargs))
+        if "text_encoder" not in kwargs:
+            check_text_encoder(folder, cls.load_config(folder), kwargs.get("variant"))
+        pipeline = super().from_pretrained(folder, **kwargs)
         for name, module in pipeline.components.items():
             if isinstance(module, torch.nn.Module):
                 missing = [key for key, value in module.state_dict().items() if value.is_meta]
@@ -213,6 +220,7 @@ class VAREditPipeline(DiffusionPipeline):
                 partial(_notify, callback_on_scale, tuple(indices)) if callback_on_scale else None,
             )
             results |= {index: (edited[row], [b[row] for b in bits]) for row, index in enumerate(indices)}
+        self.maybe_free_model_hooks()
         return VAREditOutput(
             images=[results[index][0] for index in range(count)],
             bits=[results[index][1] for index in range(count)],
@@ -281,8 +289,11 @@ class VAREditPipeline(DiffusionPipeline):
         prompts = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
         if prompts and self.text_encoder is None:
             raise ValueError("this model has no text encoder; pass prompt_embeds, or convert with --text-encoder")
-        states = encode_prompts(prompts, self.tokenizer, self.text_encoder, max_tokens) if prompts else []
-        encoded = dict(zip(prompts, states))
+        encoded = {}
+        if prompts:
+            device = self._execution_device
+            states = encode_prompts(prompts, self.tokenizer, self.text_encoder, max_tokens, device=device)
+            encoded = dict(zip(prompts, states))
         return [encoded[text] if isinstance(text, str) else text for text in texts]
 
     def _default(self, name: str, value):
@@ -320,8 +331,8 @@ def check_prompt(prompt: str) -> None:
 
 def check_seed(seed: int) -> None:
     """Raise ValueError if `seed` is out of range."""
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed {seed} must lie between 0 and {MAX_SEED}")
+    if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed {seed!r} must be a whole number between 0 and {MAX_SEED}")
 
 
 def _repeat(values: list, count: int, name: str) -> list:

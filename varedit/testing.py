@@ -32,6 +32,7 @@ def tiny_image_tokenizer(seed: int = 0, **overrides) -> VAREditImageTokenizer:
     torch.manual_seed(seed)
     config = {
         "num_code_bits": 4, "base_width": 32, "multipliers": (1, 1), "num_blocks": 1, "stem_patch": 4, "patch_size": 2,
+        "num_groups": 8,
     }  # fmt: skip
     return VAREditImageTokenizer(**(config | overrides)).eval()
 

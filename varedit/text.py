@@ -18,11 +18,13 @@ def encode_prompts(
     text_encoder: PreTrainedModel,
     max_tokens: int,
     batch_size: int = 1,
+    device: torch.device | str | None = None,
 ) -> list[Tensor]:
     """Encode each instruction to its states, (T, F) in the encoder's dtype, T its own length with end tokens.
 
     Equal instructions are encoded once. With `batch_size` 1 each is encoded alone, so that its bits never depend on
-    the others; training may use more.
+    the others; training may use more. `device` is where the encoder computes, its own by default (under offload its
+    weights lie elsewhere).
 
     Raises:
         ValueError: an instruction of more than `max_tokens` tokens.
@@ -33,13 +35,14 @@ def encode_prompts(
             raise ValueError(
                 f"the instruction {prompt[:40]!r}... has {len(ids)} tokens; shorten it to at most {max_tokens}"
             )
+    device = text_encoder.device if device is None else device
     encoded: dict[str, Tensor] = {}
     waiting = sorted(tokens, key=lambda prompt: len(tokens[prompt]))
     for first in range(0, len(waiting), batch_size):
         batch = waiting[first : first + batch_size]
         padded, mask = pad_text([torch.tensor(tokens[prompt])[:, None] for prompt in batch])
         states = text_encoder(
-            input_ids=padded[..., 0].to(text_encoder.device), attention_mask=mask.long().to(text_encoder.device)
+            input_ids=padded[..., 0].to(device), attention_mask=mask.long().to(device)
         ).last_hidden_state
         encoded |= {prompt: states[index, : len(tokens[prompt])] for index, prompt in enumerate(batch)}
     return [encoded[prompt] for prompt in prompts]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from varedit._diffusers import VAREditModel
@@ -124,6 +125,7 @@ class SelfAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(8.0)))
         self.proj = nn.Linear(width, width)
 
+    @apply_forward_hook
     def project(self, x_BlD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised, scaled and rotated q, normalised and rotated k, and v: (B, N, l, E) each."""
         q, k, v = self.to_qkv(x_BlD).chunk(3, dim=-1)
@@ -150,6 +152,7 @@ class CrossAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
+    @apply_forward_hook
     def keys_values(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.to_kv(text_BTD).chunk(2, dim=-1)
         return _split_heads(k, self.num_heads), _split_heads(v + self.v_bias.to(v.dtype), self.num_heads)
@@ -208,6 +211,7 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(width, num_heads)
         self.mlp = MLP(width)
 
+    @apply_forward_hook
     def modulation(self, shared_B6D: Tensor) -> list[Tensor]:
         """gate1, gate2, scale1, scale2, shift1, shift2: float32 (B, 1, D) each."""
         return [part[:, None] for part in (shared_B6D + self.modulation_table.float()).unbind(1)]

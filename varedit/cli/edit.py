@@ -9,6 +9,8 @@ import typer
 if TYPE_CHECKING:
     from PIL import Image
 
+    from varedit.editing.edit import EditResult, Settings
+    from varedit.image_processor import LoadedImage
     from varedit.pipeline import ScaleStep, VAREditPipeline
 
 NOTICEABLE = 24
@@ -45,40 +47,94 @@ def edit(  # noqa: PLR0913 - one argument an option
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, typer.Option(help="Precision.", show_default="by device")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture of the area to edit: white = edit here.", show_default="everywhere")
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option(help="X,Y,WIDTH,HEIGHT of the area to edit, in pixels.", show_default="everywhere")
+    ] = None,
+    preserve: Annotated[
+        Literal["exact", "blend", "off"], typer.Option(help="What becomes of pixels that the edit did not change.")
+    ] = "exact",
+    change_map: Annotated[
+        Path | None, typer.Option(help="Write a picture of where the edit changed something.", show_default=False)
+    ] = None,
+    best_of: Annotated[int, typer.Option(help="Try so many seeds and keep the best.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
 ) -> None:
     """Edit IMAGE by an INSTRUCTION: varedit edit photo.jpg "make it black and white"."""
-    from varedit.image_processor import check_output, load_image, save_image
+    from varedit.editing.edit import Settings
+    from varedit.image_processor import check_output, load_image
+    from varedit.pipeline import check_prompt, check_seed
 
     # Everything that can be refused is refused before the model is loaded.
     source = load_image(image)
     target = output or default_output(image)
-    if target.exists() and not overwrite:
-        raise ValueError(f"output {str(target)!r} exists already; pass --overwrite, or --output with another name")
-    check_output(target, overwrite=overwrite)
-    _check_settings(instruction, seed, size, guidance_scale, temperature, top_p)
+    for path in filter(None, (target, change_map)):
+        if path.exists() and not overwrite:
+            raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or another name")
+        check_output(path, overwrite=overwrite)
+    check_prompt(instruction)
+    if seed is not None:
+        check_seed(seed)
+    if preserve == "off" and change_map is not None:
+        raise ValueError("--change-map needs a change map, which --preserve off does not make; drop one of them")
+    settings = Settings(guidance_scale, temperature, top_p, size, fit, preserve)
+    area = _area(mask, box, (source.width, source.height))
 
     started = time.monotonic()
     pipeline = _load(model, device, dtype)
     loaded = time.monotonic()
-    result = pipeline(
-        source.rgb,
-        instruction,
-        seed=seed,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_p=top_p,
-        size=size,
-        fit=fit,
-        callback_on_scale=_report_scale,
-    )
+    result = _edit(pipeline, source, instruction, seed, settings, area, best_of)
     edited = time.monotonic()
-    save_image(result.images[0], target, like=source, overwrite=overwrite)
 
-    mean, share = amount_changed(source.rgb, result.images[0])
-    typer.echo(f"{target}: {source.width} x {source.height} pixels, seed {result.seeds[0]}")
+    from varedit.editing.manifest import make_manifest, save_with_manifest
+    from varedit.image_processor import save_image
+
+    names = {"input_name": image.name, "mask_name": mask.name if mask else None}
+    save_with_manifest(result.image, target, make_manifest(result, pipeline, **names), source, overwrite=overwrite)
+    if change_map is not None and result.change_map is not None:
+        save_image(result.change_map.draw(source.rgb), change_map, overwrite=overwrite)
+    mean, share = amount_changed(source.rgb, result.image)
+    typer.echo(f"{target}: {source.width} x {source.height} pixels, seed {result.seed}")
     typer.echo(f"edited in {edited - loaded:.2f} s (model loaded in {loaded - started:.1f} s)")
-    typer.echo(f"changed by {mean:.1f} of 255 levels on average; {share:.0%} of the pixels noticeably")
+    kind = f"{result.change_map.kind} change; " if result.change_map else ""
+    typer.echo(f"{kind}changed by {mean:.1f} of 255 levels on average; {share:.0%} of the pixels noticeably")
+
+
+def _area(mask: Path | None, box: str | None, size: tuple[int, int]) -> "Image.Image | None":
+    """The mask of --mask or --box at the image's size (width, height)."""
+    from varedit.editing.mask import box_mask, image_mask, parse_box
+
+    if mask is not None and box is not None:
+        raise ValueError("--mask and --box both say where to edit; pass one of them")
+    if box is not None:
+        return box_mask(parse_box(box), size)
+    return image_mask(mask, size) if mask is not None else None
+
+
+def _edit(
+    pipeline: "VAREditPipeline",
+    source: "LoadedImage",
+    instruction: str,
+    seed: int | None,
+    settings: "Settings",
+    area: "Image.Image | None",
+    num_candidates: int,
+) -> "EditResult":
+    """One edit, or the best of several with a line for each on stderr."""
+    from varedit.editing.best_of import best_of
+    from varedit.editing.edit import apply_edit
+
+    if num_candidates == 1:
+        return apply_edit(
+            pipeline, source, instruction, seed=seed, settings=settings, mask=area, callback_on_scale=_report_scale
+        )
+    candidates = best_of(pipeline, source, instruction, num_candidates, seed=seed, settings=settings, mask=area)
+    for rank, candidate in enumerate(candidates, start=1):
+        scores = f"evidence {candidate.instruction_score:.3f} nats a token, {candidate.stray:.1%} changed astray"
+        typer.echo(f"best {rank}: seed {candidate.result.seed}, {scores}", err=True)
+    return candidates[0].result
 
 
 def default_output(image: Path) -> Path:
@@ -112,28 +168,6 @@ def amount_changed(before: "Image.Image", after: "Image.Image") -> tuple[float, 
         noticeable += int((difference.max(axis=-1) >= NOTICEABLE).sum())
     num_pixels = before.width * before.height
     return total / (3 * num_pixels), noticeable / num_pixels
-
-
-def _check_settings(
-    instruction: str,
-    seed: int | None,
-    size: int | None,
-    guidance_scale: float | None,
-    temperature: float | None,
-    top_p: float | None,
-) -> None:
-    """What can be checked without the model; the pipeline checks again."""
-    from varedit.pipeline import Sampling, check_prompt, check_seed
-    from varedit.scales import scale_schedule
-
-    check_prompt(instruction)
-    if seed is not None:
-        check_seed(seed)
-    if size is not None:
-        scale_schedule(size)
-    given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_p": top_p}
-    harmless = {"guidance_scale": 1.0, "temperature": 1.0, "top_p": 1.0}
-    Sampling(**{name: harmless[name] if value is None else value for name, value in given.items()})
 
 
 def _load(model: str | None, device: str | None, dtype: str | None) -> "VAREditPipeline":

@@ -19,6 +19,8 @@ MIN_MOTION = 0.7  # pixels at working size; below that it is resampling
 MIN_TILES = 5
 MIN_SHARE = 0.5  # of the clear tiles that agree with the motion
 STILL = 0.3  # pixels at working size: a tile that moved less has stayed
+ENOUGH_STILL = 0.6  # of the tiles: most pairs are well aligned, and done with early
+MAX_NOISE = 1.5  # mean difference of a tile in grey levels that compression alone makes
 MAX_STILL = 0.25  # of the clear tiles that have stayed where the motion would have moved them
 MIN_SPAN = 0.45  # of width and height that agreeing tiles cover: one moved object is no misalignment
 MAX_LEFT = 0.75  # of the difference that may be left once the motion is undone
@@ -56,6 +58,9 @@ def find_motion(source: np.ndarray, target: np.ndarray) -> Motion | None:
     chosen = np.flatnonzero(contrast > MIN_CONTRAST)
     if len(chosen) < MIN_TILES:
         return None
+    same = np.abs(_cut(before, tiles[chosen]) - _cut(after, tiles[chosen])).mean(axis=(1, 2)) < MAX_NOISE
+    if same.mean() > ENOUGH_STILL:
+        return None
     motion = np.zeros(3)  # zoom - 1, shift x, shift y at working size
     for round_number in range(3):
         moved, peaks = _displacements(before, _undo(after, motion), tiles[chosen])
@@ -64,10 +69,13 @@ def find_motion(source: np.ndarray, target: np.ndarray) -> Motion | None:
             return None
         points, steps = centres[chosen][clear], moved[clear]
         still = np.hypot(*steps.T) < STILL
-        if round_number == 0 and still.mean() > 0.6:  # most pairs are well aligned, and done with here
+        if round_number == 0 and still.mean() > ENOUGH_STILL:
             return None
         update, agree = _consensus(points, steps)
-        if round_number == 0 and (still & (np.hypot(*(update[0] * points + update[1:]).T) > 2 * STILL)).mean() > MAX_STILL:
+        if (
+            round_number == 0
+            and (still & (np.hypot(*(update[0] * points + update[1:]).T) > 2 * STILL)).mean() > MAX_STILL
+        ):
             return None
         # The second motion happens on top of the first.
         motion = np.array(
@@ -131,7 +139,7 @@ def _displacements(before: np.ndarray, after: np.ndarray, tiles: np.ndarray) -> 
     surface /= np.fft.irfft2(weight, (side, side))[0, 0]
     flat = surface.reshape(len(surface), -1)
     best = flat.argmax(axis=1)
-    # Repeating patterns match at many displacements: where a far one is hardly better than staying, the tile has stayed.
+    # Repeating patterns match at many displacements: if a far one is hardly better than staying, the tile has stayed.
     middle = side // 2
     far = np.hypot(best // side - middle, best % side - middle) > 1.5
     best[far & (flat[:, middle * side + middle] > 0.8 * flat.max(axis=1))] = middle * side + middle
@@ -188,7 +196,9 @@ def _undo(after: np.ndarray, motion: np.ndarray) -> np.ndarray:
 def _explains(before: np.ndarray, after: np.ndarray, undone: np.ndarray, tiles: np.ndarray) -> bool:
     """True if undoing the motion takes away a good part of what the tiles differ by, brightness and contrast apart."""
     height, width = before.shape
-    inside = (tiles[:, 0, 0] > 4) & (tiles[:, 0, -1] < height - 5) & (tiles[:, 1, 0] > 4) & (tiles[:, 1, -1] < width - 5)
+    inside = (
+        (tiles[:, 0, 0] > 4) & (tiles[:, 0, -1] < height - 5) & (tiles[:, 1, 0] > 4) & (tiles[:, 1, -1] < width - 5)
+    )
     tiles = tiles[inside] if inside.sum() >= MIN_TILES else tiles
     left = _unlikeness(before, undone, tiles)
     return bool(left < MAX_LEFT * _unlikeness(before, after, tiles))

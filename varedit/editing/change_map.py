@@ -27,7 +27,7 @@ GUIDE_RADIUS = 4
 GUIDE_CONTRAST = 10.0
 """Levels: an edge of the source or the result of more contrast than this stops the averaging."""
 
-MAX_EVIDENCE = 6.0
+MAX_EVIDENCE = 9.0
 """Scores beyond this count as this much, so that one strong pixel does not carry its neighbours."""
 
 LOW_SHARE = 0.65

@@ -5,11 +5,10 @@ Rows that cannot be read become problems of the benchmark: they are counted and 
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image
 
 from varedit.evaluation.cases import Benchmark, Case, file_key, own, procedural
 from varedit.evaluation.features import Backbones
+from varedit.evaluation.tables import Table, groups, table_files
 
 EMU_REVISION = "b31936a0b6c267e87d373014034cd8fb44ced2fb"
 EMU_TYPES = ("global", "add", "text", "background", "color", "style", "remove", "local")
@@ -130,78 +130,6 @@ def _download(repository: str, revision: str, name: str) -> Path:
         ) from error
 
 
-# ---- tables
-
-
-class _Table:
-    """Rows of parquet or arrow files, pictures read one row group at a time."""
-
-    def __init__(self, files: list[Path], pictures: tuple[str, ...]) -> None:
-        self.pictures = pictures
-        self._groups: list[Callable[[list[str]], Any]] = []
-        self.rows: list[dict[str, Any]] = []
-        for file in files:
-            for read in _groups(file):
-                columns = [name for name in read([]) if name not in pictures]
-                number = len(self._groups)
-                self._groups.append(read)
-                for index, row in enumerate(read(columns).to_pylist()):
-                    self.rows.append(row | {"_at": (number, index)})
-        self._read = lru_cache(maxsize=2)(lambda number: self._groups[number](list(self.pictures)))
-
-    def picture(self, at: tuple[int, int], column: str) -> np.ndarray:
-        """uint8 (H, W, 3).
-
-        Raises:
-            ValueError: no picture there.
-        """
-        value = self._read(at[0])[column][at[1]].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        try:
-            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        except (OSError, TypeError) as error:
-            raise ValueError(f"{column} of row {at} is no picture ({error})") from error
-
-    def mask(self, at: tuple[int, int], column: str) -> np.ndarray:
-        """bool (H, W), white is True."""
-        return self.picture(at, column).max(-1) > 127
-
-
-def _groups(file: Path) -> Iterator[Callable[[list[str]], Any]]:
-    """Readers of a file's row groups: a list of columns -> a table; an empty list -> the names of all columns."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError("this benchmark comes as parquet: pip install pyarrow") from error
-    if file.suffix == ".parquet":
-        try:
-            opened = parquet.ParquetFile(file)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        names = opened.schema_arrow.names
-        for group in range(opened.num_row_groups):
-            yield (
-                lambda wanted, group=group: (
-                    opened.read_row_group(group, columns=[n for n in wanted if n in names]) if wanted else names
-                )
-            )
-        return
-    source = pa.memory_map(str(file))
-    try:
-        table = pa.ipc.open_stream(source).read_all()
-    except pa.ArrowInvalid:
-        table = pa.ipc.open_file(source).read_all()
-    yield lambda wanted: table.select([n for n in wanted if n in table.schema.names]) if wanted else table.schema.names
-
-
-def _files(data: Path, split: str, *suffixes: str) -> list[Path]:
-    found = [
-        path for suffix in suffixes for path in (*data.glob(f"{split}*{suffix}"), *data.glob(f"data/{split}*{suffix}"))
-    ]
-    return sorted(found)
-
-
 # ---- EMU-Edit
 
 
@@ -218,13 +146,13 @@ def emu_edit(data: Path, bad_captions: str = "keep", split: str = "reported") ->
     _choice("bad_captions", bad_captions, "keep", "drop")
     _choice("split", split, "reported", "test", "validation")
     if split == "reported":
-        probe = _files(data, "", ".parquet")
-        swapped = bool(probe) and "edited_image" in next(iter(_groups(probe[0])))([])
+        probe = table_files(data, "", ".parquet")
+        swapped = bool(probe) and "edited_image" in next(iter(groups(probe[0])))([])
         split = "validation" if swapped else "test"
-    files = _files(data, split, ".parquet")
+    files = table_files(data, split, ".parquet")
     if not files:
         raise ValueError(f"{data} has no {split}-*.parquet: {HELP['emu-edit']}")
-    table = _Table(files, ("image", "edited_image"))
+    table = Table(files, ("image", "edited_image"))
     repeated = Counter(str(row[side]).lower() for row in table.rows for side in ("input_caption", "output_caption"))
     cases, problems, notes = [], [], Counter({"identical_captions": 0, "placeholder_captions": 0, "dropped": 0})
     for number, row in enumerate(table.rows):
@@ -393,10 +321,10 @@ def _magicbrush_folder(data: Path) -> tuple[dict[str, list[dict[str, Any]]], lis
 
 
 def _magicbrush_table(data: Path, split: str) -> dict[str, list[dict[str, Any]]]:
-    files = _files(data, split, ".parquet")
+    files = table_files(data, split, ".parquet")
     if not files:
         raise ValueError(f"{data} has neither edit_sessions.json nor {split}-*.parquet: {HELP['magicbrush']}")
-    table = _Table(files, ("source_img", "mask_img", "target_img"))
+    table = Table(files, ("source_img", "mask_img", "target_img"))
     sessions: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(table.rows, key=lambda row: (str(row["img_id"]), row["turn_index"])):
         sessions.setdefault(str(row["img_id"]), []).append(
@@ -444,10 +372,10 @@ def gedit(data: Path, language: str = "en", subset: str = "full") -> Benchmark:
     """
     _choice("language", language, "en", "cn")
     _choice("subset", subset, "full", "intersection")
-    files = _files(data, "", ".parquet", ".arrow") or sorted(data.glob("train/*.arrow"))
+    files = table_files(data, "", ".parquet", ".arrow") or sorted(data.glob("train/*.arrow"))
     if not files:
         raise ValueError(f"{data} has no .parquet or .arrow files: {HELP['gedit']}")
-    table = _Table(files, ("input_image", "input_image_raw"))
+    table = Table(files, ("input_image", "input_image_raw"))
     cases, problems = [], []
     for row in table.rows:
         if row["instruction_language"] != language or (subset == "intersection" and not row["Intersection_exist"]):

@@ -268,4 +268,5 @@ def _figure(path: Path, label: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img loading="lazy" alt="" src="data:image/webp;base64,{data}"><figcaption>{label}</figcaption></figure>'
+    image_tag = f'<img loading="lazy" alt="" src="data:image/webp;base64,{data}">'
+    return f"<figure>{image_tag}<figcaption>{label}</figcaption></figure>"

@@ -453,6 +453,10 @@ def _check_editor(config: EditorConfig) -> None:
             )
     if config.lora is not None:
         _require(config.optimizer.name == "adamw", "optimizer.name is muon with lora; adapters train with adamw")
+        _require(
+            config.precision == "bfloat16" or config.frozen_dtype == "float32",
+            "frozen_dtype is bfloat16 with precision float32; set frozen_dtype to float32, or precision to bfloat16",
+        )
         _require(bool(config.lora.targets), "lora.targets is empty; name at least one layer, as in [to_qkv, proj]")
 
 

@@ -1,0 +1,81 @@
+"""Benchmarks that come as parquet or arrow files with pictures in them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+class Table:
+    """Rows of parquet or arrow files, pictures read one row group at a time."""
+
+    def __init__(self, paths: list[Path], pictures: tuple[str, ...]) -> None:
+        self.pictures = pictures
+        self._groups: list[Callable[[list[str]], Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        for path in paths:
+            for read in groups(path):
+                columns = [name for name in read([]) if name not in pictures]
+                number = len(self._groups)
+                self._groups.append(read)
+                for index, row in enumerate(read(columns).to_pylist()):
+                    self.rows.append(row | {"_at": (number, index)})
+        self._read = lru_cache(maxsize=2)(lambda number: self._groups[number](list(self.pictures)))
+
+    def picture(self, at: tuple[int, int], column: str) -> np.ndarray:
+        """uint8 (H, W, 3).
+
+        Raises:
+            ValueError: no picture there.
+        """
+        value = self._read(at[0])[column][at[1]].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        try:
+            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        except (OSError, TypeError) as error:
+            raise ValueError(f"{column} of row {at} is no picture ({error})") from error
+
+    def mask(self, at: tuple[int, int], column: str) -> np.ndarray:
+        """bool (H, W), white is True."""
+        return self.picture(at, column).max(-1) > 127
+
+
+def groups(file: Path) -> Iterator[Callable[[list[str]], Any]]:
+    """Readers of a file's row groups: a list of columns -> a table; an empty list -> the names of all columns."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ValueError("this benchmark comes as parquet: pip install pyarrow") from error
+    if file.suffix == ".parquet":
+        try:
+            opened = parquet.ParquetFile(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        names = opened.schema_arrow.names
+        for group in range(opened.num_row_groups):
+            yield (
+                lambda wanted, group=group: (
+                    opened.read_row_group(group, columns=[n for n in wanted if n in names]) if wanted else names
+                )
+            )
+        return
+    source = pa.memory_map(str(file))
+    try:
+        table = pa.ipc.open_stream(source).read_all()
+    except pa.ArrowInvalid:
+        table = pa.ipc.open_file(source).read_all()
+    yield lambda wanted: table.select([n for n in wanted if n in table.schema.names]) if wanted else table.schema.names
+
+
+def table_files(data: Path, split: str, *suffixes: str) -> list[Path]:
+    found = [
+        path for suffix in suffixes for path in (*data.glob(f"{split}*{suffix}"), *data.glob(f"data/{split}*{suffix}"))
+    ]
+    return sorted(found)
