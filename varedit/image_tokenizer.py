@@ -155,7 +155,7 @@ class VAREditImageTokenizer(VAREditModel, ConfigMixin):
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(module.conv2.bias)
+                module.conv2.bias.zero_()
 
     def forward(self, image: Tensor) -> Tensor:
         """Reconstruct without quantization: `decode(encode(image))`."""

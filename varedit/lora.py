@@ -44,7 +44,8 @@ def add_lora(
             raise ValueError(f"lora target {target!r} is no layer of a block; choose from {', '.join(TARGETS)}")
     transformer.requires_grad_(False)
     pattern = rf"blocks\..*\.({'|'.join(targets)})"  # a whole match: text_pool.proj is not meant
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern))
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)  # type: ignore[arg-type]
+    transformer.add_adapter(settings)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -102,7 +103,7 @@ def merge_lora(pipeline: VAREditPipeline) -> None:
 def unload_lora(pipeline: VAREditPipeline) -> None:
     """Take all adapters out: the model is as it was before (or as merged)."""
     pipeline.transformer.unload_lora()
-    vars(pipeline.transformer).pop("peft_config", None)
+    pipeline.transformer.__dict__.pop("peft_config", None)
     pipeline.transformer._hf_peft_config_loaded = False
 
 

@@ -161,7 +161,7 @@ class VAREditPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         *,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Sequence[int | None] | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -194,12 +194,12 @@ class VAREditPipeline(DiffusionPipeline):
         )  # fmt: skip
         texts = self._check_prompts(prompt, prompt_embeds)
         images = list(image) if isinstance(image, (list, tuple)) else [image]
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
-        for value in seeds:
+        wanted: list[int | None] = list(seed) if isinstance(seed, Sequence) else [seed]
+        for value in wanted:
             if value is not None:
                 check_seed(value)
-        count = max(len(images), len(texts), len(seeds))
-        seeds = [secrets.randbelow(2**31) if s is None else s for s in _repeat(seeds, count, "seed")]
+        count = max(len(images), len(texts), len(wanted))
+        seeds = [secrets.randbelow(2**31) if s is None else s for s in _repeat(wanted, count, "seed")]
         texts, images = _repeat(texts, count, "prompt"), _repeat(images, count, "image")
         prepared = [
             prepare(item, self._check_size(self._default("size", size)), self._default("fit", fit)) for item in images

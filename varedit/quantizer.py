@@ -71,7 +71,8 @@ def empty_canvas(batch_size: int, num_code_bits: int, schedule: ScaleSchedule, p
 
 def accumulate(canvas_BChw: Tensor, bits_BChw: Tensor) -> Tensor:
     """Add one scale's codes, brought up bilinearly to the finest grid, to the canvas. Returns a new canvas."""
-    return canvas_BChw + _resize_bilinear(bits_to_codes(bits_BChw), tuple(canvas_BChw.shape[-2:]))
+    h, w = canvas_BChw.shape[-2:]
+    return canvas_BChw + _resize_bilinear(bits_to_codes(bits_BChw), (h, w))
 
 
 def next_input(canvas_BChw: Tensor, schedule: ScaleSchedule, scale: int, patch_size: int) -> Tensor:

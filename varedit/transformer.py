@@ -340,6 +340,8 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"size {schedule.size} has {schedule.num_scales} scales; this model has {len(self.level_embed)}"
             )
+        if source_BChw is None or text_BTF is None:
+            raise ValueError("without a cache give source_BChw and text_BTF")
         text_mask_BT, text_BTD, pooled_BD = self._text(text_BTF, text_mask_BT, drop_text_B)
         source_BSD = self._embed_source(source_BChw, schedule)
         source_positions, target_positions = token_positions(
@@ -398,7 +400,7 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
         return self._logits(x, cache.pooled_text_BD)
 
     def _masked_block(
-        self, block: Block, index: int, x, shared, text_BTD, text_mask_BT, rotary, schedule, num_source
+        self, block: nn.Module, index: int, x, shared, text_BTD, text_mask_BT, rotary, schedule, num_source
     ) -> Tensor:
         modulation = block.modulation(shared)
         q, k, v = block.self_attention.project(modulate(x, modulation[2], modulation[4]), rotary)

@@ -22,7 +22,7 @@ def convert(
         typer.Option(help=f"What tensors cannot tell: {', '.join(PRESETS)}.", show_default=False),
     ] = None,
     position_layout: Annotated[
-        Literal["released", "offset"] | None, typer.Option(show_default="the preset's, or released")
+        Literal["offset", "fixed_offset", "released"] | None, typer.Option(show_default="the preset's, or released")
     ] = None,
     fit: Annotated[Literal["native", "square"] | None, typer.Option(show_default="the preset's, or square")] = None,
     size: Annotated[int | None, typer.Option(help="Size class.", show_default="the preset's, or 512")] = None,

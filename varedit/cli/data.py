@@ -5,12 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from varedit.cli import data_commands
+
 app = typer.Typer(help="Pairs to train on.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `synth` a command of its own while it is the only one."""
+app.add_typer(data_commands.app)
 
 
 @app.command()

@@ -91,8 +91,8 @@ def edit(  # noqa: PLR0913 - one argument an option
     from varedit.editing.manifest import make_manifest, save_with_manifest
     from varedit.image_processor import save_image
 
-    names = {"input_name": image.name, "mask_name": mask.name if mask else None}
-    save_with_manifest(result.image, target, make_manifest(result, pipeline, **names), source, overwrite=overwrite)
+    manifest = make_manifest(result, pipeline, input_name=image.name, mask_name=mask.name if mask else None)
+    save_with_manifest(result.image, target, manifest, source, overwrite=overwrite)
     if change_map is not None and result.change_map is not None:
         save_image(result.change_map.draw(source.rgb), change_map, overwrite=overwrite)
     mean, share = amount_changed(source.rgb, result.image)

@@ -98,7 +98,8 @@ def _replay_session(folder: Path, model: str | None, device: str | None, dtype: 
     pipelines: dict[str, object] = {}
     differing = 0
     for number, step in sorted(session.steps.items()):
-        found, notes = check_model(step.manifest, identity), ()
+        found = check_model(step.manifest, identity)
+        notes: tuple[str, ...] = ()
         if not found:
             precision = dtype or step.manifest.device.get("dtype", "")
             if precision not in pipelines:

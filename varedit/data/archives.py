@@ -209,7 +209,7 @@ def tar_members(stream: Any, origin: str, faults: list[Skipped]) -> Iterator[tar
                 if previous is not None and previous.isfile():
                     yield previous
                 previous = member
-                archive.members = []  # or it keeps all it has seen
+                archive.members = []  # type: ignore[attr-defined]  # or it keeps all it has seen
             stream.seek(archive.offset)
             if len(stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
                 faults.append(Skipped(origin, "truncated shard", "no end mark; what came before is used"))

@@ -96,6 +96,8 @@ def text_of(value: Any, what: str = "instruction") -> str:
             raise FaultError("not UTF-8", f"{what}: {error}") from error
     if not isinstance(value, str):
         raise FaultError("bad row", f"{what} is {value!r}, not a text")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can smuggle in halves of characters
+        raise FaultError("not UTF-8", f"{what} {value!r} holds half a character")
     return value
 
 

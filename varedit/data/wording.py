@@ -21,8 +21,8 @@ _WORDS: dict[str, str] = {
     "quitar elimina eliminar cambia cambiar reemplaza reemplazar pon haz convierte fondo imagen color más favor",
     "it": "il lo la gli le un uno una e o in nel nella con senza per di del della dei al è sono aggiungi aggiungere "
     "rimuovi rimuovere togli sostituisci cambia cambiare rendi metti trasforma sfondo immagine colore più",
-    "pt": "o a os as um uma uns umas e ou em no na com sem por para de do da ao é são adicione adicionar remova remover "
-    "troque substitua mude mudar coloque faça deixe torne fundo imagem cor mais",
+    "pt": "o a os as um uma uns umas e ou em no na com sem por para de do da ao é são adicione adicionar remova "
+    "remover troque substitua mude mudar coloque faça deixe torne fundo imagem cor mais",
     "nl": "de het een en of in op met zonder van voor naar is zijn maak voeg toe verwijder vervang verander zet "
     "achtergrond afbeelding foto kleur deze dit naast onder boven",
 }

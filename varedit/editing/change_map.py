@@ -7,7 +7,7 @@ same: what differs there is the decoder's spill, not an edit. Everything is in t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -65,10 +65,10 @@ class Calibration:
     """
 
     floor: float = 3.0
-    slope: float = 2.5
-    token: float = 0.2
-    high: float = 3.5
-    low: float = 2.8
+    slope: float = 4.0
+    token: float = 0.5
+    high: float = 6.0
+    low: float = 3.9
 
     def __post_init__(self) -> None:
         if not (self.floor > 0 <= min(self.slope, self.token) and 0 < self.low <= self.high):
@@ -451,7 +451,7 @@ def evidence(diff: Difference, hard_HW: np.ndarray, calibration: Calibration) ->
         island=float(islands.max(initial=0) / max(diff.contrast_HW.sum(), 1e-6)),
         redrawn=float(np.mean((ratios < 0.75) | (ratios > 1.33))),
     )
-    return found, best
+    return found, cast(Orientation, best)
 
 
 def _tiles(values_HW: np.ndarray) -> np.ndarray:

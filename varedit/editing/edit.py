@@ -1,6 +1,7 @@
 """One edit and everything a record of it needs: what the command line, sessions, batches and replays all call."""
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -151,6 +152,8 @@ def apply_edits(
     callback_on_scale: Callable[[ScaleStep], bool | None] | None = None,
 ) -> list[EditResult]:
     """Edit several pictures in one call of the pipeline, which runs those of one schedule together."""
+    if not requests:
+        return []
     settings = (settings or Settings()).resolved(pipeline)
     sources = [load_image(request.image) for request in requests]
     for request, source in zip(requests, sources):
@@ -162,7 +165,7 @@ def apply_edits(
     output = pipeline(
         sources,
         [request.prompt for request in requests],
-        seed=[request.seed for request in requests],
+        seed=[secrets.randbelow(2**31) if request.seed is None else request.seed for request in requests],
         guidance_scale=settings.guidance_scale,
         temperature=settings.temperature,
         top_p=settings.top_p,

@@ -80,7 +80,7 @@ class Manifest:
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{label} has the format {found!r}, not {FORMAT!r}; update varedit or check the file")
-        parts = {item.name: values.get(item.name) for item in fields(cls)}
+        parts: dict[str, Any] = {item.name: values.get(item.name) for item in fields(cls)}
         try:
             parts["settings"] = Settings.from_json(parts["settings"])
             check_prompt(parts["instruction"])

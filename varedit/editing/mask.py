@@ -127,7 +127,7 @@ def _check_aspect(mask_size: tuple[int, int], size: tuple[int, int]) -> None:
 
 
 def _check_selects(levels: Image.Image, convention: Convention) -> None:
-    largest = levels.getextrema()[1]
+    largest = int(np.asarray(levels).max())
     if largest < SELECTED:
         what = "white" if convention == "white" else "transparent"
         raise ValueError(f"the mask is empty (its strongest pixel is {largest} of 255); make the area to edit {what}")
@@ -160,8 +160,10 @@ def model_mask(mask: Image.Image, prepared: Prepared) -> Tensor:
     # Area average: the level is the covered share of a model pixel.
     inner = mask.resize((max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BOX)
     padding = ((top, height - top - inner.height), (left, width - left - inner.width))
-    mode = "symmetric" if prepared.fit == "native" else "constant"
-    return torch.from_numpy(np.pad(np.asarray(inner, np.float32) / 255, padding, mode=mode))
+    levels_HW = np.asarray(inner, np.float32) / 255
+    if prepared.fit == "native":
+        return torch.from_numpy(np.pad(levels_HW, padding, mode="symmetric"))
+    return torch.from_numpy(np.pad(levels_HW, padding))
 
 
 def token_coverage(mask_HW: Tensor, schedule: ScaleSchedule, scale: int, patch_size: int) -> Tensor:

@@ -121,7 +121,8 @@ class Session:
         if not (folder / "session.json").is_file():
             raise SessionError(f"{str(folder)!r} is no session: it has no session.json; start one with session new")
         state = _read_json(folder / "session.json", folder)
-        original, head = state.get("original"), state.get("head")
+        original: Any = state.get("original")
+        head = state.get("head")
         if state.get("format") != FORMAT:
             raise _corrupt(folder, "session.json", f"format {state.get('format')!r} is not {FORMAT!r}")
         texts = isinstance(original, dict) and all(isinstance(original.get(k), str) for k in ("file", "sha256", "name"))

@@ -73,6 +73,8 @@ def model_folder(name: str) -> Path | None:
 def _short(name: str) -> str:
     """Folders are named by their last part: where they lie is nobody's business."""
     path = Path(name)
+    if path.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/revision
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name if path.is_dir() or path.is_absolute() else name
 
 

@@ -43,7 +43,7 @@ than this, and its patch covers at least `STRAY_PATCH` of the frame."""
 STRAY_SOFTNESS = 3 / 128
 STRAY_PATCH = 0.002
 
-UNTOUCHED = 0.01
+UNTOUCHED = 0.006
 """Largest stray share of the frame that a success may have."""
 
 WHOLE = 0.98

@@ -162,8 +162,9 @@ class DiffusersEditor:
     Options: `layout` (else read off the pipeline's call), `lora` (repository or folder) with `lora_file`, `dtype`,
     `side` (the source is resized to this short side), all others go to the call.
 
-    Layouts: "edit" passes the source and the instruction; "omnigen" passes it in `input_images`; "fill" masks the whole
-    frame (ACE++); "diptych" puts the source left and takes the right half (ICEdit).
+    Layouts: "edit" passes the source and the instruction; "omnigen" passes it in `input_images`; "fill" lets a fill
+    pipeline redraw the whole frame while it sees all of the source (ACE++); "diptych" puts the source left and takes
+    the right half (ICEdit).
     """
 
     concurrent = False
@@ -191,6 +192,8 @@ class DiffusersEditor:
         source = self._sized(source)
         arguments = self._arguments(case.instruction, source)
         generator = torch.Generator("cpu").manual_seed(seed)
+        if self.layout == "fill":
+            self._show(source)
         try:
             result = self.pipeline(**(arguments | self.options), generator=generator).images[0].convert("RGB")
         except (RuntimeError, ValueError, TypeError) as error:
@@ -199,14 +202,27 @@ class DiffusersEditor:
             result = result.crop((result.width // 2, 0, result.width, result.height))
         return result
 
+    def _show(self, source: Image.Image) -> None:
+        """Let a fill pipeline see the source under the mask: it would black out what it may redraw."""
+        visible = self.pipeline.image_processor.preprocess(source)
+
+        def prepare(mask: Any, masked_image: Any, *rest: Any) -> Any:
+            return type(self.pipeline).prepare_mask_latents(
+                self.pipeline, mask, visible.to(masked_image.device, masked_image.dtype), *rest
+            )
+
+        self.pipeline.prepare_mask_latents = prepare
+
     def _sized(self, source: Image.Image) -> Image.Image:
         """Sides as asked for, in steps of 16 as latent models need."""
         scale = self.side / min(source.size) if self.side else 1.0
-        size = tuple(max(16, round(side * scale / 16) * 16) for side in source.size)
+        width, height = (max(16, round(side * scale / 16) * 16) for side in source.size)
+        size = (width, height)
         return source if size == source.size else source.resize(size, Image.Resampling.LANCZOS)
 
     def _arguments(self, instruction: str, source: Image.Image) -> dict[str, Any]:
         width, height = source.size
+        arguments: dict[str, Any]
         if self.layout == "omnigen":
             arguments = {"prompt": f"<img><|image_1|></img> {instruction}", "input_images": [source]}
         elif self.layout == "fill":

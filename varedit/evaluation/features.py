@@ -61,8 +61,8 @@ def _crop(picture: np.ndarray, short: int, side: int) -> Tensor:
     """Short side to `short` (bicubic), the centre of `side`, on [0, 1]: (1, 3, side, side)."""
     image = Image.fromarray(picture)
     scale = short / min(image.size)
-    size = tuple(short if edge == min(image.size) else int(edge * scale) for edge in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (short if edge == min(image.size) else int(edge * scale) for edge in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     pixels = np.array(image.crop((left, top, left + side, top + side)))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255

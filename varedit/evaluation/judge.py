@@ -6,7 +6,6 @@ with published ones; the protocol's hash covers every word of them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from varedit.data.judge_client import JudgeClient, json_answer
 from varedit.evaluation.cases import Benchmark, Case, read_picture
 from varedit.evaluation.chat import Chat
 from varedit.evaluation.checker import harmonic_mean
@@ -123,13 +123,10 @@ def parse_scores(text: str, number: int, low: float, high: float) -> list[float]
     Raises:
         ValueError: no JSON object with "score", a wrong number of values, or one out of range: nothing is guessed.
     """
-    start, end = text.find("{"), text.rfind("}")
-    if start < 0 or end < start:
-        raise ValueError(f"no JSON object in {text[:60]!r}")
-    try:
-        values = json.loads(text[start : end + 1])["score"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"no JSON object with a score in {text[:60]!r}") from error
+    answer = json_answer(text)
+    if answer is None or "score" not in answer:
+        raise ValueError(f"no JSON object with a score in {text[:60]!r}")
+    values = answer["score"]
     if not isinstance(values, list) or len(values) != number:
         raise ValueError(f"score {values!r} is no list of {number}")
     if not all(type(value) in (int, float) and low <= value <= high for value in values):
@@ -199,8 +196,7 @@ class Judge:
             raise ValueError(f"repeats is {repeats}: use at least 1")
         self.chat, self.rules, self.repeats = chat, RULES[rules], repeats
         self.settings = {
-            "rules": rules, "prompts": self.rules.texts, "model": chat.model, "temperature": chat.temperature,
-            "repeats": repeats,
+            "rules": rules, "prompts": self.rules.texts, "model": chat.client.model, "repeats": repeats,
         }  # fmt: skip
         self._seen: dict[str, list[dict[str, float]] | str] = {}
 
@@ -264,9 +260,6 @@ class Judge:
 def make_judge(
     benchmark: str, url: str, model: str, cache: Path, *, rules: str | None = None, repeats: int = 1
 ) -> Judge:
-    """A judge by the rules of a benchmark: viescore for gedit, imgedit for imgedit, the paper's for all others.
-
-    Repeated judgements are sampled at temperature 1, single ones at 0.
-    """
+    """A judge by the rules of a benchmark: viescore for gedit, imgedit for imgedit, the paper's for all others."""
     rules = rules or {"gedit": "viescore", "imgedit": "imgedit"}.get(benchmark, "paper")
-    return Judge(Chat(url, model, cache, temperature=0.0 if repeats == 1 else 1.0), rules, repeats)
+    return Judge(Chat(JudgeClient(url, model), cache), rules, repeats)

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from varedit.evaluation.generate import result_path
-from varedit.evaluation.report import Paired, Run, interval, protocol_differences
+from varedit.evaluation.report import Paired, Run, interval, protocol_differences, score_names
 from varedit.evaluation.scores import THUMBNAILS
 
 COLOURS = ("#2f6f9f", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#3d8b8b")
@@ -80,6 +80,7 @@ def _head(runs: Sequence[Run]) -> str:
     for index, run in enumerate(runs):
         cases, editor = run.scores["cases"], run.scores["run"]["editor"]
         text = f"{cases['scored']} of {cases['total']} cases scored, {cases['resized']} results resized"
+        text += "".join(f", {escape(name)}: {escape(str(value))}" for name, value in run.scores["notes"].items())
         lines.append(
             f"<p>{_key(index)} <b>{escape(run.label)}</b>: {escape(json.dumps(editor, ensure_ascii=False))}<br>"
             f'<span class="quiet">{text}; protocol {run.scores["protocol_sha256"][:12]}</span></p>'
@@ -93,7 +94,7 @@ def _key(index: int) -> str:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs for name in run.scores["overall"]))
+    return list(dict.fromkeys(name for run in runs for name in score_names(run.scores)))
 
 
 def _title(runs: Sequence[Run], name: str) -> str:
@@ -130,7 +131,7 @@ def _overall(runs: Sequence[Run]) -> str:
 
 
 def _types(run: Run) -> str:
-    names = list(run.scores["overall"])
+    names = score_names(run.scores)
     rows = []
     for label, means in [*run.scores["types"].items(), ("all", run.scores["overall"])]:
         count = max((mean["n"] for mean in means.values()), default=0)
@@ -162,12 +163,12 @@ def _plot(runs: Sequence[Run], name: str) -> str:
     means = [run.scores["types"].get(kind, {}).get(name) for kind in types for run in runs]
     top = max([mean["high"] for mean in means if mean] + [1e-9])
     bottom = min([mean["low"] for mean in means if mean] + [0.0])
-    height, bar, left = 120, 12, 44
-    step = bar * len(runs) + 10
+    height, bar, left = 120, 24 // (len(runs) + 1) + 2, 44
+    step = bar * len(runs) + 8
     width = left + step * len(types) + 8
 
     def y(value: float) -> float:
-        return 20 + height * (top - value) / (top - bottom)
+        return 28 + height * (top - value) / (top - bottom)
 
     shapes = [f'<text x="4" y="12" font-size="13">{_title(runs, name)}</text>']
     for value in (top, bottom):
@@ -182,10 +183,10 @@ def _plot(runs: Sequence[Run], name: str) -> str:
                 shapes.append(_bar(left + place * step + index * bar, bar, index, mean, y, f"{run.label}, {kind}"))
         x = left + place * step + bar * len(runs) / 2
         shapes.append(
-            f'<text font-size="10" text-anchor="end" transform="translate({x:.0f} {height + 30}) rotate(-40)">'
+            f'<text font-size="10" text-anchor="end" transform="translate({x:.0f} {height + 40}) rotate(-40)">'
             f"{escape(kind or '(none)')}</text>"
         )
-    return f'<svg width="{width}" height="{height + 95}" role="img">{"".join(shapes)}</svg>'
+    return f'<svg width="{width}" height="{height + 105}" role="img">{"".join(shapes)}</svg>'
 
 
 def _bar(x: float, width: float, index: int, mean: dict[str, Any], y: Any, label: str) -> str:
@@ -218,7 +219,7 @@ def _strips(runs: Sequence[Run], max_strips: int) -> str:
     sorts = [
         f'<option value="{index}|{escape(name)}">{escape(run.label)}: {escape(name)}</option>'
         for index, run in enumerate(runs)
-        for name in run.scores["overall"]
+        for name in score_names(run.scores)
     ]
     kinds = sorted({found[key]["type"] for found in rows for key in shown if key in found})
     options = "".join(f'<option value="{escape(kind)}">{escape(kind or "(none)")}</option>' for kind in kinds)
@@ -245,7 +246,9 @@ def _case(runs: Sequence[Run], rows: Sequence[dict[str, Any]], key: str, place: 
     for index, (run, found) in enumerate(zip(runs, rows)):
         if key in found:
             scores = ", ".join(
-                f"{name} {value:.3g}" for name, value in found[key]["scores"].items() if value is not None
+                f"{name} {found[key]['scores'][name]:.3g}"
+                for name in score_names(run.scores)
+                if found[key]["scores"].get(name) is not None
             )
             label = f"{_key(index)} {escape(run.label)}<br>{escape(scores)}"
             figures.append(_figure(result_path(run.folder, key), label))

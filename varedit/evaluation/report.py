@@ -24,6 +24,12 @@ class Run:
     scores: dict[str, Any]
 
 
+def score_names(scores: dict[str, Any]) -> list[str]:
+    """Names of a run's scores, in the order of its protocol; the judge's come last."""
+    order = scores["protocol"]["metrics"]
+    return sorted(scores["overall"], key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
 def load_runs(folders: Sequence[Path], *, allow_different: bool = False) -> list[Run]:
     """The score files of some folders.
 
@@ -95,10 +101,12 @@ def paired(first: Run, second: Run, metric: str) -> Paired | None:
     flipped = np.array([(rng.choice((-1.0, 1.0), len(gaps)) * gaps).mean() for _ in range(NUM_FLIPS)])
     extreme = np.abs(flipped) >= abs(gaps.mean()) - 1e-12
     sign = 1 if first.scores["better"].get(metric, "higher") == "higher" else -1
-    numbers = (gaps.mean(), low, high, (extreme.sum() + 1) / (NUM_FLIPS + 1))
     return Paired(
         metric,
-        *(round(float(number), DIGITS) for number in numbers),
+        difference=round(float(gaps.mean()), DIGITS),
+        low=round(float(low), DIGITS),
+        high=round(float(high), DIGITS),
+        p=round(float((extreme.sum() + 1) / (NUM_FLIPS + 1)), DIGITS),
         wins=int((sign * gaps > 0).sum()),
         losses=int((sign * gaps < 0).sum()),
         n=len(keys),
@@ -109,7 +117,7 @@ def comparisons(runs: Sequence[Run]) -> list[tuple[Run, Run, list[Paired]]]:
     """The first run against each of the others."""
     found = []
     for run in runs[1:]:
-        names = [name for name in runs[0].scores["overall"] if name in run.scores["overall"]]
+        names = [name for name in score_names(runs[0].scores) if name in run.scores["overall"]]
         found.append((runs[0], run, [pair for name in names if (pair := paired(runs[0], run, name)) is not None]))
     return found
 
@@ -150,7 +158,7 @@ def markdown(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run, list[Paired]]]
         cases, protocol = run.scores["cases"], run.scores["protocol_sha256"][:12]
         lines.append(f"- {run.label}: {cases['scored']} of {cases['total']} cases scored, protocol `{protocol}`")
     for run in runs:
-        names = list(run.scores["overall"])
+        names = score_names(run.scores)
         lines += ["", f"## {run.label}", "", f"| type | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
         for label, means in [*run.scores["types"].items(), ("all", run.scores["overall"])]:
             count = max((mean["n"] for mean in means.values()), default=0)
@@ -174,7 +182,7 @@ def summary_table(result: dict[str, Any]) -> Any:
     """Means by type as a table for a terminal."""
     from rich.table import Table
 
-    names = list(result["overall"])
+    names = score_names(result)
     table = Table(title=f"{result['protocol']['benchmark']}, protocol {result['protocol_sha256'][:12]}")
     table.add_column("type")
     table.add_column("n", justify="right")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Table:
         value = self._read(at[0])[column][at[1]].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         try:
-            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            return np.asarray(Image.open(io.BytesIO(data or b"")).convert("RGB"))
         except (OSError, TypeError) as error:
             raise ValueError(f"{column} of row {at} is no picture ({error})") from error
 
@@ -58,20 +58,25 @@ def groups(file: Path) -> Iterator[Callable[[list[str]], Any]]:
             opened = parquet.ParquetFile(file)
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-        names = opened.schema_arrow.names
         for group in range(opened.num_row_groups):
-            yield (
-                lambda wanted, group=group: (
-                    opened.read_row_group(group, columns=[n for n in wanted if n in names]) if wanted else names
-                )
-            )
+            yield partial(_row_group, opened, group)
         return
     source = pa.memory_map(str(file))
     try:
         table = pa.ipc.open_stream(source).read_all()
     except pa.ArrowInvalid:
         table = pa.ipc.open_file(source).read_all()
-    yield lambda wanted: table.select([n for n in wanted if n in table.schema.names]) if wanted else table.schema.names
+    yield partial(_columns, table)
+
+
+def _row_group(opened: Any, group: int, wanted: list[str]) -> Any:
+    names = opened.schema_arrow.names
+    return opened.read_row_group(group, columns=[name for name in wanted if name in names]) if wanted else names
+
+
+def _columns(table: Any, wanted: list[str]) -> Any:
+    names = table.schema.names
+    return table.select([name for name in wanted if name in names]) if wanted else names
 
 
 def table_files(data: Path, split: str, *suffixes: str) -> list[Path]:

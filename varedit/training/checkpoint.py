@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -56,6 +57,8 @@ class Checkpoints:
     def __init__(self, folder: Path, processes: Processes, keep: int, in_background: bool = False) -> None:
         self.folder, self.processes, self.keep, self.in_background = folder, processes, keep, in_background
         self._pending: tuple[Future, Path] | None = None
+        # PyTorch warns, also from its own thread, that there is one process: which is what was asked for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -87,10 +90,12 @@ class Checkpoints:
                 (partial / _STATE_FILE).write_text(json.dumps({"step": step, **extra}), encoding="utf-8")
         self.processes.barrier()
         with self._errors(partial):
+            alone = self.processes.count == 1
             if self.in_background:
-                self._pending = dcp.async_save(state, checkpoint_id=partial, no_dist=self.processes.count == 1), partial  # type: ignore[assignment]
+                pending = dcp.async_save(state, checkpoint_id=partial, no_dist=alone)
+                self._pending = pending, partial  # type: ignore[assignment]
             else:
-                dcp.save(state, checkpoint_id=partial, no_dist=self.processes.count == 1)
+                dcp.save(state, checkpoint_id=partial, no_dist=alone)
                 self._complete(partial)
         self.processes.barrier()
 

@@ -229,7 +229,7 @@ class EditorTraining:
         with torch.device("meta"):
             copy = VAREditTransformer.from_config(self.transformer.config)
         if self.config.lora is not None:
-            _adapt(copy, self.config)
+            adapt(copy, self.config)
         copy.load_state_dict(gathered, assign=True)
         return copy.eval()
 
@@ -290,7 +290,7 @@ def new_transformer(config: EditorConfig) -> VAREditTransformer:
         other.load_state_dict(transformer.state_dict(), assign=True)
         transformer = other
     if config.lora is not None:
-        _adapt(transformer, config)
+        adapt(transformer, config)
     return transformer
 
 
@@ -329,7 +329,7 @@ def _from_folder(kind: type, source: str, subfolder: str | None, **options):
         raise ValueError(f"no {kind.__name__} in {where!r}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _adapt(transformer: VAREditTransformer, config: EditorConfig) -> None:
+def adapt(transformer: VAREditTransformer, config: EditorConfig) -> None:
     lora = config.lora
     assert lora is not None
     torch.manual_seed(stream_seed("adapters", config.seed))

@@ -1,0 +1,268 @@
+"""Readers of the public benchmarks, on files written here in their published layouts."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varedit.evaluation.benchmarks import decode_mask, load
+from varedit.evaluation.cases import file_key, read_mask, read_picture
+
+
+def colour(value, size=(24, 16)):
+    return Image.new("RGB", size, (value, 100, 50))
+
+
+def cell(image):
+    """A picture as the hub's tables hold it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(path, rows, row_group_size=2):
+    pa = pytest.importorskip("pyarrow", reason="this benchmark comes as parquet")
+    import pyarrow.parquet as parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
+
+
+def emu_row(index, task="add", before="a dog", after="a dog and a cat", **more):
+    return {
+        "instruction": f"edit {index}", "image": cell(colour(index)), "task": task, "split": "test", "idx": index,
+        "hash": f"h{index}", "input_caption": before, "output_caption": after,
+    } | more  # fmt: skip
+
+
+@pytest.fixture
+def emu(tmp_path):
+    placeholder = "a train station in city"
+    rows = [
+        emu_row(0),
+        emu_row(1, "texture"),
+        emu_row(2, "style", "a dog", "a dog"),
+        emu_row(3, "remove", placeholder, placeholder),
+        emu_row(4, "remove", placeholder, "an empty square"),
+        emu_row(5, "juggling"),
+        emu_row(6, instruction="  "),
+    ]
+    write_parquet(tmp_path / "data/test-00000-of-00001.parquet", rows)
+    write_parquet(tmp_path / "data/validation-00000-of-00001.parquet", [emu_row(9)])
+    return tmp_path
+
+
+def test_emu_edit_reads_the_reported_split(emu):
+    found = load("emu-edit", emu)
+    assert [case.instruction for case in found.cases] == [f"edit {i}" for i in range(6)]
+    assert found.cases[1].edit_type == "color"
+    assert found.cases[0].source_caption == "a dog" and found.cases[0].target_caption == "a dog and a cat"
+    assert (read_picture(found.cases[5].source) == np.asarray(colour(5))).all()
+    assert found.problems == (("row 6", "no instruction"),)
+    assert found.notes["unknown type juggling"] == 1
+    assert (found.notes["identical_captions"], found.notes["placeholder_captions"]) == (2, 2)
+    assert found.notes["dropped"] == 0 and found.notes["rows"] == 7 and found.notes["rows_expected"] == 3589
+
+
+def test_emu_edit_drops_bad_captions_when_told(emu):
+    found = load("emu-edit", emu, options={"bad_captions": "drop"})
+    assert [case.extra["idx"] for case in found.cases] == [0, 1, 5]
+    assert found.notes["dropped"] == 3
+    assert found.settings != load("emu-edit", emu).settings
+    # A key names the same row either way.
+    assert [case.key for case in found.cases] == ["00000", "00001", "00005"]
+
+
+def test_emu_edit_generations_have_their_splits_swapped(tmp_path):
+    more = {"edited_image": cell(colour(7)), "model": "emu"}
+    write_parquet(tmp_path / "data/test-0.parquet", [emu_row(1, **more)])
+    write_parquet(tmp_path / "data/validation-0.parquet", [emu_row(2, **more), emu_row(3, **more)])
+    found = load("emu-edit", tmp_path)
+    assert found.settings["split"] == "validation" and len(found.cases) == 2
+    assert len(load("emu-edit", tmp_path, options={"split": "test"}).cases) == 1
+
+
+def write_pie(folder, entries):
+    for name in ("a.jpg", "b.jpg"):
+        path = folder / "annotation_images/1_change/" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colour(90, (512, 512)).save(path)
+    (folder / "mapping_file.json").write_text(json.dumps(entries))
+
+
+def pie_row(mask, kind="1", image="1_change/a.jpg"):
+    return {
+        "image_path": image, "original_prompt": "a [red] car", "editing_prompt": "a [blue] car",
+        "editing_instruction": "make the car blue", "editing_type_id": kind, "blended_word": "red blue", "mask": mask,
+    }  # fmt: skip
+
+
+def test_pie_bench(tmp_path):
+    entries = {
+        "000000000001": pie_row([512 * 10 + 20, 5]),
+        "000000000002": pie_row([512 * 10], image="1_change/b.jpg"),
+        "000000000003": pie_row([0, 1], kind="12"),
+        "000000000004": pie_row([0, 1], image="1_change/missing.jpg"),
+        "000000000005": pie_row([0, 1], image="../../secret.jpg"),
+    }
+    write_pie(tmp_path, entries)
+    found = load("pie-bench", tmp_path)
+    (case,) = found.cases
+    assert case.key == "000000000001" and case.edit_type == "change object"
+    assert (case.source_caption, case.target_caption) == ("a red car", "a blue car")
+    mask = read_mask(case.mask, (512, 512))
+    assert mask.sum() == 4 * 511 + 5 and mask[10, 20:25].all()
+    reasons = dict(found.problems)
+    assert "no list of starts" in reasons["000000000002"] and "editing_type_id '12'" in reasons["000000000003"]
+    assert "missing.jpg" in reasons["000000000004"] and "leaves the folder" in reasons["000000000005"]
+
+
+def test_pie_mask_worked_by_hand():
+    """Runs over the flattened frame, the last one cut at the end, then the border set."""
+    mask = decode_mask([6, 2, 13, 3, 23, 9], (5, 5))
+    expected = np.ones((5, 5), bool)  # of the runs, 6, 7 and 13 lie inside the border
+    expected[1:4, 1:4] = np.array([[1, 1, 0], [0, 0, 1], [0, 0, 0]], bool)
+    assert (mask == expected).all()
+
+
+@pytest.mark.parametrize("runs", [[1, 2, 3], [1, -2], [1.5, 2], "1 2", [25, 1], [True, 2]])
+def test_pie_mask_refuses_what_is_no_mask(runs):
+    with pytest.raises(ValueError, match="mask"):
+        decode_mask(runs, (5, 5))
+
+
+def write_magicbrush(folder):
+    for name, values in {"139": (10, 20, 30), "30": (40, 50)}.items():
+        path = folder / "images" / name
+        path.mkdir(parents=True)
+        colour(values[0]).save(path / f"{name}-input.png")
+        for turn, value in enumerate(values[1:], 1):
+            colour(value).save(path / f"{name}-output{turn}.png")
+            Image.new("L", (24, 16), 255 * (turn == 1)).convert("RGB").save(path / f"{name}-mask{turn}.png")
+    turn = {"input": "139-input.png", "mask": "139-mask1.png", "output": "139-output1.png", "instruction": "first"}
+    second = {"input": "139-output1.png", "mask": "139-mask2.png", "output": "139-output2.png", "instruction": "second"}
+    single = {"input": "30-input.png", "mask": "30-mask1.png", "output": "30-output1.png", "instruction": "only"}
+    (folder / "edit_sessions.json").write_text(json.dumps({"139": [turn, second], "30": [single]}))
+    captions = {"139": {"139-output1.png": "one", "139-output2.png": "two"}, "30": {"30-output1.png": "three"}}
+    (folder / "local_captions.json").write_text(json.dumps(captions))
+
+
+def test_magicbrush_single_turn(tmp_path):
+    write_magicbrush(tmp_path)
+    found = load("magicbrush", tmp_path)
+    assert [case.key for case in found.cases] == ["139_1", "139_inde_2", "30_1"]
+    assert all(case.scored and case.previous is None for case in found.cases)
+    second = found.cases[1]
+    assert read_picture(second.source)[0, 0, 0] == 20 and read_picture(second.target)[0, 0, 0] == 30
+    assert second.target_caption == "two" and second.extra["file"] == "139/139_inde_2.png"
+    assert read_mask(found.cases[0].mask, (16, 24)).all() and not read_mask(second.mask, (16, 24)).any()
+    assert "clip_out" in found.metrics and "drift" not in found.metrics
+
+
+def test_magicbrush_multi_turn_scores_the_last(tmp_path):
+    write_magicbrush(tmp_path)
+    found = load("magicbrush-multi", tmp_path)
+    assert [(case.key, case.previous, case.scored) for case in found.cases] == [
+        ("139_1", None, False), ("139_iter_2", "139_1", True), ("30_1", None, True),
+    ]  # fmt: skip
+
+
+def test_magicbrush_parquet(tmp_path):
+    rows = [
+        {"img_id": "7", "turn_index": turn, "source_img": cell(colour(turn)), "mask_img": cell(colour(255)),
+         "instruction": f"turn {turn}", "target_img": cell(colour(turn + 1))}
+        for turn in (2, 1)
+    ]  # fmt: skip
+    write_parquet(tmp_path / "data/dev-00000-of-00001.parquet", rows, row_group_size=1)
+    found = load("magicbrush", tmp_path)
+    assert [case.instruction for case in found.cases] == ["turn 1", "turn 2"]
+    assert read_picture(found.cases[1].source)[0, 0, 0] == 2 and found.cases[0].mask().all()
+    assert "clip_out" not in found.metrics  # no captions there
+
+
+def test_imgedit(tmp_path):
+    (tmp_path / "animal").mkdir()
+    colour(5).save(tmp_path / "animal/000342021.jpg")
+    rows = {
+        "1082": {"id": "animal/000342021.jpg", "prompt": "Add a hat.", "edit_type": "add"},
+        "1083": {"id": "animal/000342021.jpg", "prompt": "x", "edit_type": "dance"},
+    }
+    (tmp_path / "basic_edit.json").write_text(json.dumps(rows))
+    (tmp_path / "UGE_edit.json").write_text(json.dumps({"0": {"id": "animal/000342021.jpg", "prompt": "y"}}))
+    found = load("imgedit", tmp_path)
+    assert [(case.key, case.edit_type) for case in found.cases] == [("1082", "add")] and found.metrics == ()
+    assert found.problems == (("1083", "ValueError: unknown edit_type 'dance'"),)
+    assert load("imgedit", tmp_path, options={"suite": "uge"}).cases[0].edit_type == "uge"
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_gedit(tmp_path, form):
+    pa = pytest.importorskip("pyarrow", reason="this benchmark comes as tables")
+    rows = [
+        {"task_type": kind, "key": key, "instruction": "go", "instruction_language": language,
+         "input_image": cell(colour(3)), "input_image_raw": cell(colour(4)), "Intersection_exist": both}
+        for kind, key, language, both in (
+            ("subject-add", "aa", "en", True), ("subject-add", "bb", "cn", True), ("ps_human", "cc", "en", False),
+            ("dance", "dd", "en", True),
+        )
+    ]  # fmt: skip
+    if form == "parquet":
+        write_parquet(tmp_path / "data/train-0.parquet", rows)
+    else:
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as sink:
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+    found = load("gedit", tmp_path)
+    assert [case.key for case in found.cases] == ["aa", "cc"] and found.problems[0][0] == "dd"
+    assert read_picture(found.cases[0].source)[0, 0, 0] == 3
+    assert found.cases[0].extra["file"] == "fullset/subject-add/en/aa.png"
+    options = {"language": "cn", "subset": "intersection"}
+    assert [case.key for case in load("gedit", tmp_path, options=options).cases] == ["bb"]
+
+
+def test_own_lines(tmp_path):
+    colour(1).save(tmp_path / "a.png")
+    lines = [
+        json.dumps({"source": "a.png", "instruction": "do", "target": "a.png", "type": "add", "key": "x/y"}),
+        "{broken",
+        json.dumps({"source": "a.png"}),
+        json.dumps({"source": "a.png", "instruction": "do", "colour": 3}),
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    found = load(str(tmp_path / "own.jsonl"))
+    assert found.cases[0].key == file_key("x/y") and "/" not in found.cases[0].key
+    assert found.metrics == ("l1_source", "l1", "l2")
+    assert [row for row, _ in found.problems] == ["line 2", "line 3", "line 4"]
+
+
+def test_own_folder_of_pairs(tmp_path):
+    from varedit.data.synthetic import write_world
+
+    write_world(tmp_path / "pairs", 3, size=128)
+    found = load(str(tmp_path / "pairs"))
+    assert len(found.cases) == 3 and {"l1", "psnr", "stray"} <= set(found.metrics)
+    assert read_mask(found.cases[0].mask, (128, 128)).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pie-bench", None, "form"),
+        ("imgedit", None, "Benchmark.tar"),
+        ("nonsense", None, "use a known name"),
+        ("procedural", {"a": "b"}, "takes none"),
+    ],
+)
+def test_missing_data_says_how_to_get_it(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, options=options)
+
+
+def test_unknown_reader_option_and_value(emu):
+    with pytest.raises(ValueError, match="bad_captions is 'maybe'"):
+        load("emu-edit", emu, options={"bad_captions": "maybe"})
+    with pytest.raises(ValueError, match="unknown"):
+        load("emu-edit", emu, options={"colour": "red"})

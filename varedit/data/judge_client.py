@@ -1,0 +1,176 @@
+"""Asking a vision-language model behind any OpenAI-compatible chat endpoint, patiently."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import logging
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLES = ("VAREDIT_JUDGE_API_KEY", "OPENAI_API_KEY")
+_PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
+
+
+class JudgeError(ValueError):
+    """The endpoint refuses, or did not answer after all tries. The message is one line, with the fix."""
+
+
+@dataclass
+class JudgeClient:
+    """One endpoint and one model. Safe to use from several threads, which then wait together when told to slow down.
+
+    Attributes:
+        url: Base address such as `http://127.0.0.1:8000/v1`, or the full one of `/chat/completions`.
+        model: Name the endpoint knows.
+        max_tokens: Of an answer.
+        timeout_s: For one try.
+        max_retries: Tries after the first, for rate limits, server errors and lost connections.
+        backoff_s: Pause before the first retry; doubles each time, up to a minute, and varies at random.
+        num_calls: Requests sent so far. num_tokens: Prompt and answer tokens, as the endpoint counts them.
+    """
+
+    url: str
+    model: str
+    max_tokens: int = 512
+    timeout_s: float = 120.0
+    max_retries: int = 6
+    backoff_s: float = 1.0
+    num_calls: int = 0
+    num_tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"judge url {self.url!r} is no address: use one such as http://127.0.0.1:8000/v1")
+        if not self.model:
+            raise ValueError("judge model is empty: name a model that the endpoint serves")
+        address = self.url.rstrip("/")
+        self._address = address if address.endswith("/chat/completions") else address + "/chat/completions"
+        self._key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "")
+        self._lock = threading.Lock()
+        self._quiet_until = 0.0
+
+    def ask(self, messages: list[dict[str, Any]]) -> str:
+        """The model's answer as text, at temperature 0.
+
+        Args:
+            messages: As the chat API takes them.
+
+        Raises:
+            JudgeError: Refused (a wrong key, address or model), or no answer after all tries.
+        """
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+        data = json.dumps(body).encode("utf-8")
+        reason = ""
+        for attempt in range(self.max_retries + 1):
+            self._wait()
+            try:
+                return self._send(data)
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code} {_first_words(error)}"
+                if error.code not in _PASSING:
+                    raise JudgeError(
+                        f"{self._address} refuses model {self.model!r}: {reason}; {_fix(error.code)}"
+                    ) from error
+                pause = _retry_after(error.headers.get("Retry-After"))
+            except (
+                OSError,
+                http.client.HTTPException,
+                _BadReplyError,
+            ) as error:  # timeouts and refused connections too
+                reason, pause = f"{type(error).__name__}: {error}", None
+            logger.info("%s: %s (try %d)", self._address, reason, attempt + 1)
+            if attempt < self.max_retries:
+                self._pause(attempt, pause)
+        raise JudgeError(
+            f"{self._address} gave no answer in {self.max_retries + 1} tries ({reason}); start it, or try again later"
+        )
+
+    def _send(self, data: bytes) -> str:
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self._address, data, headers, method="POST")
+        with self._lock:
+            self.num_calls += 1
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+            raw = response.read()
+        try:
+            reply = json.loads(raw)
+            content = reply["choices"][0]["message"]["content"]
+            usage = reply.get("usage") or {}
+            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _BadReplyError(f"not a chat reply: {raw[:80]!r}") from error
+        with self._lock:
+            self.num_tokens = [total + count for total, count in zip(self.num_tokens, counts)]
+        return content if isinstance(content, str) else ""
+
+    def _wait(self) -> None:
+        while (left := self._quiet_until - time.monotonic()) > 0:
+            time.sleep(left)
+
+    def _pause(self, attempt: int, told: float | None) -> None:
+        """Wait before the next try; a rate limit holds for every thread."""
+        own = min(60.0, self.backoff_s * 2**attempt) * random.uniform(0.5, 1.0)
+        if told is not None:
+            with self._lock:
+                self._quiet_until = max(self._quiet_until, time.monotonic() + min(told, 600.0))
+        time.sleep(own if told is None else 0.0)
+
+
+class _BadReplyError(Exception):
+    """The endpoint answered 200 with something that is no chat reply."""
+
+
+def image_part(data: bytes, kind: str = "jpeg") -> dict[str, Any]:
+    """A picture as a part of a chat message."""
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def json_answer(text: str) -> dict[str, Any] | None:
+    """The last JSON object in an answer, whatever stands around it (thoughts, code fences); None if there is none."""
+    decoder = json.JSONDecoder()
+    found: dict[str, Any] | None = None
+    position = text.find("{")
+    while position >= 0:
+        try:
+            value, stop = decoder.raw_decode(text, position)
+        except ValueError:
+            stop = position + 1
+        else:
+            found = value if isinstance(value, dict) else found
+        position = text.find("{", stop)
+    return found
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds; dates, which the header also allows, are left to the usual back-off."""
+    try:
+        return max(0.0, float(value)) if value else None
+    except ValueError:
+        return None
+
+
+def _first_words(error: urllib.error.HTTPError) -> str:
+    try:
+        return " ".join(error.read(300).decode("utf-8", "replace").split())
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _fix(code: int) -> str:
+    if code in (401, 403):
+        return f"set a valid key in {' or '.join(KEY_VARIABLES)}"
+    if code == 404:
+        return "check the address (usually it ends in /v1) and the model's name"
+    return "check what the model accepts"
