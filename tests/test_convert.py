@@ -92,7 +92,7 @@ def transformer() -> VAREditTransformer:
 
 @pytest.fixture(scope="module")
 def image_tokenizer() -> VAREditImageTokenizer:
-    return tiny_image_tokenizer(stem_patch=1, multipliers=(1, 2, 1, 1))
+    return tiny_image_tokenizer(stem_patch=1, multipliers=(1, 2, 1, 1), num_groups=32)  # as all released ones
 
 
 @pytest.fixture
@@ -206,6 +206,7 @@ def test_converted_folder_edits_like_the_original(transformer, image_tokenizer, 
     output = convert(**files, output=tmp_path / "out", position_layout="offset", fit="native", size=128)
     converted = VAREditPipeline.from_pretrained(output)
     original = VAREditPipeline(transformer, image_tokenizer, size=128)
+    torch.manual_seed(0)
     arguments = {"prompt_embeds": torch.randn(4, TEXT_FEATURES), "seed": 1}
     image = Image.effect_noise((128, 128), 80).convert("RGB")
     ours, theirs = converted(image, **arguments), original(image, **arguments)
