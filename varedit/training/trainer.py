@@ -69,7 +69,7 @@ class EditorTraining:
         self.transformer.to(processes.device).train()
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
-            self.transformer._masked_block = torch.compile(self.transformer._masked_block)
+            _compile_blocks(self.transformer)
         if config.sharding == "fsdp":
             shard_transformer(self.transformer, processes, config.precision == "bfloat16")
         self.modules: dict[str, nn.Module] = {"transformer": self.transformer}
@@ -327,6 +327,18 @@ def _from_folder(kind: type, source: str, subfolder: str | None, **options):
     except OSError as error:
         where = f"{source}/{subfolder}" if subfolder else source
         raise ValueError(f"no {kind.__name__} in {where!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _compile_blocks(transformer: VAREditTransformer) -> None:
+    """Compile the blocks for training; those with scale-aligned reference, one as a rule, stay as they are."""
+    eager, compiled = transformer._masked_block, torch.compile(transformer._masked_block)
+
+    def block_function(block: nn.Module, index: int, *arguments) -> Tensor:
+        # One number for all compiled blocks: the compiler would make a program for each.
+        last = transformer.config.num_blocks - 1
+        return eager(block, index, *arguments) if transformer._aligned(index) else compiled(block, last, *arguments)
+
+    transformer._masked_block = block_function
 
 
 def adapt(transformer: VAREditTransformer, config: EditorConfig) -> None:
