@@ -60,6 +60,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	@[ -d $(VECTORS) ] || { echo "error: no recorded vectors in $(VECTORS); pass VECTORS=FOLDER"; exit 2; }
 	$(BIN)/python benchmarks/parity.py --vectors $(VECTORS) --output benchmarks/results/parity.md
+	$(BIN)/python benchmarks/convert_memory.py
+	$(BIN)/python benchmarks/edit.py --model varedit/models/tiny --size 128 --dtype float32 --repeats 5 --output benchmarks/results/edit_tiny_128.md
+	$(BIN)/python benchmarks/edit.py --preset 2b-512 --size 256 --output benchmarks/results/edit_2b_256.md
 
 clean:
 	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache

@@ -163,7 +163,7 @@ def test_interrupt_between_scales_leaves_nothing(varedit, model_folder, photo, t
         if step.scale == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(edit_module, "_report_scale", press_ctrl_c)
+    monkeypatch.setattr(edit_module, "report_scale", press_ctrl_c)
     assert varedit("edit", photo, "blur", "--model", model_folder).code == 130
     assert list(tmp_path.iterdir()) == [photo]
 

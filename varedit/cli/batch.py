@@ -1,9 +1,11 @@
 """`varedit batch`: many pictures, many instructions, one record."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+
+from varedit.cli import options
 
 SOME_FAILED = 3
 """Exit code of a batch in which some or all pictures failed; results.jsonl says which and why."""
@@ -30,32 +32,15 @@ def batch(  # noqa: PLR0913 - one argument an option
     batch_size: Annotated[
         int, typer.Option(help="Pictures of one shape edited together; more is faster on a GPU.")
     ] = 1,
-    model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name.", show_default="the model in the package")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="How strongly to follow the instruction; 1 is off.", show_default="the model's")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likelier bit.", show_default="the model's")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Drop choices less likely than 1 - p.", show_default="the model's")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Size class: 128, 256, 512, 768 or 1024.", show_default="the model's")
-    ] = None,
-    fit: Annotated[
-        Literal["native", "square"] | None,
-        typer.Option(help="Nearest aspect ratio, or a white square.", show_default="the model's"),
-    ] = None,
-    preserve: Annotated[
-        Literal["exact", "blend", "off"], typer.Option(help="What becomes of pixels that the edit did not change.")
-    ] = "exact",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="the best at hand")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Precision.", show_default="by device")
-    ] = None,
+    model: options.Model = None,
+    guidance_scale: options.GuidanceScale = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    size: options.Size = None,
+    fit: options.Fit = None,
+    preserve: options.Preserve = "exact",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew; replace existing outputs.")] = False,
 ) -> None:
     """Edit many pictures: varedit batch jobs.csv --output edited.

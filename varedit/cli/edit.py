@@ -2,9 +2,11 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from varedit.cli import options
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,39 +25,18 @@ def edit(  # noqa: PLR0913 - one argument an option
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Output file.", show_default="IMAGE.edited.SUFFIX")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name.", show_default="the model in the package")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same edit.", show_default="drawn")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="How strongly to follow the instruction; 1 is off.", show_default="the model's")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likelier bit.", show_default="the model's")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Drop choices less likely than 1 - p.", show_default="the model's")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Size class: 128, 256, 512, 768 or 1024.", show_default="the model's")
-    ] = None,
-    fit: Annotated[
-        Literal["native", "square"] | None,
-        typer.Option(help="Nearest aspect ratio, or a white square.", show_default="the model's"),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="the best at hand")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Precision.", show_default="by device")
-    ] = None,
-    mask: Annotated[
-        Path | None, typer.Option(help="Picture of the area to edit: white = edit here.", show_default="everywhere")
-    ] = None,
-    box: Annotated[
-        str | None, typer.Option(help="X,Y,WIDTH,HEIGHT of the area to edit, in pixels.", show_default="everywhere")
-    ] = None,
-    preserve: Annotated[
-        Literal["exact", "blend", "off"], typer.Option(help="What becomes of pixels that the edit did not change.")
-    ] = "exact",
+    model: options.Model = None,
+    seed: options.Seed = None,
+    guidance_scale: options.GuidanceScale = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    size: options.Size = None,
+    fit: options.Fit = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    mask: options.Mask = None,
+    box: options.Box = None,
+    preserve: options.Preserve = "exact",
     change_map: Annotated[
         Path | None, typer.Option(help="Write a picture of where the edit changed something.", show_default=False)
     ] = None,
@@ -83,7 +64,7 @@ def edit(  # noqa: PLR0913 - one argument an option
     area = _area(mask, box, (source.width, source.height))
 
     started = time.monotonic()
-    pipeline = _load(model, device, dtype)
+    pipeline = load_model(model, device, dtype)
     loaded = time.monotonic()
     result = _edit(pipeline, source, instruction, seed, settings, area, best_of)
     edited = time.monotonic()
@@ -128,7 +109,7 @@ def _edit(
 
     if num_candidates == 1:
         return apply_edit(
-            pipeline, source, instruction, seed=seed, settings=settings, mask=area, callback_on_scale=_report_scale
+            pipeline, source, instruction, seed=seed, settings=settings, mask=area, callback_on_scale=report_scale
         )
     candidates = best_of(pipeline, source, instruction, num_candidates, seed=seed, settings=settings, mask=area)
     for rank, candidate in enumerate(candidates, start=1):
@@ -170,7 +151,7 @@ def amount_changed(before: "Image.Image", after: "Image.Image") -> tuple[float, 
     return total / (3 * num_pixels), noticeable / num_pixels
 
 
-def _load(model: str | None, device: str | None, dtype: str | None) -> "VAREditPipeline":
+def load_model(model: str | None, device: str | None, dtype: str | None) -> "VAREditPipeline":
     import diffusers
     import torch
     import transformers
@@ -182,7 +163,7 @@ def _load(model: str | None, device: str | None, dtype: str | None) -> "VAREditP
     return load_pipeline(model, device, getattr(torch, dtype) if dtype else None)
 
 
-def _report_scale(step: "ScaleStep") -> None:
+def report_scale(step: "ScaleStep") -> None:
     """One line a scale, on stderr."""
     height, width = step.grid
     number = f"{step.scale + 1}/{step.num_scales}".rjust(5)

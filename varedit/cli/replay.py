@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from varedit.cli import options
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -30,10 +32,8 @@ def replay(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the new edit here.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name.", show_default="the model in the package")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="the best at hand")] = None,
+    model: options.Model = None,
+    device: options.Device = None,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, typer.Option(help="Precision.", show_default="the edit's")
     ] = None,
@@ -136,10 +136,10 @@ def _mask(manifest: "Manifest", file: Path, given: Path | None, size: tuple[int,
 
 def _load_like(manifest: "Manifest", model: str | None, device: str | None, dtype: str | None):
     """The model in the precision of the edit. Only where to find it is never taken from a file."""
-    from varedit.cli.edit import _load
+    from varedit.cli.edit import load_model
 
     recorded = manifest.device.get("dtype")
-    return _load(model, device, dtype or (recorded if recorded in ("float32", "bfloat16") else None))
+    return load_model(model, device, dtype or (recorded if recorded in ("float32", "bfloat16") else None))
 
 
 def _tell(file: Path, found: list[str], notes: tuple[str, ...]) -> None:

@@ -1,9 +1,11 @@
 """`varedit session`: a tree of edits in a folder."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from varedit.cli import options
 
 app = typer.Typer(help="A tree of edits in a folder, with undo, branch and replay.", no_args_is_help=True)
 
@@ -27,35 +29,18 @@ def new(
 def edit(  # noqa: PLR0913 - one argument an option
     folder: _Folder,
     instruction: Annotated[str, typer.Argument(help="What to change, in words.", show_default=False)],
-    mask: Annotated[Path | None, typer.Option(help="White where the edit may go.", show_default=False)] = None,
-    box: Annotated[str | None, typer.Option(help="X,Y,W,H: where the edit may go.", show_default=False)] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name.", show_default="the model in the package")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same edit.", show_default="drawn")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="How strongly to follow the instruction; 1 is off.", show_default="the model's")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likelier bit.", show_default="the model's")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Drop choices less likely than 1 - p.", show_default="the model's")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Size class: 128, 256, 512, 768 or 1024.", show_default="the model's")
-    ] = None,
-    fit: Annotated[
-        Literal["native", "square"] | None,
-        typer.Option(help="Nearest aspect ratio, or a white square.", show_default="the model's"),
-    ] = None,
-    preserve: Annotated[
-        Literal["exact", "blend", "off"], typer.Option(help="What becomes of pixels that the edit did not change.")
-    ] = "exact",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="the best at hand")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Precision.", show_default="by device")
-    ] = None,
+    mask: options.Mask = None,
+    box: options.Box = None,
+    model: options.Model = None,
+    seed: options.Seed = None,
+    guidance_scale: options.GuidanceScale = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    size: options.Size = None,
+    fit: options.Fit = None,
+    preserve: options.Preserve = "exact",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
 ) -> None:
     """Edit the picture that the session is at."""
     from varedit.editing.session import Session
@@ -67,7 +52,7 @@ def edit(  # noqa: PLR0913 - one argument an option
         check_seed(seed)
     source = session.image()
 
-    from varedit.cli.edit import _load, _report_scale
+    from varedit.cli.edit import load_model, report_scale
     from varedit.editing.edit import Settings
     from varedit.editing.mask import box_mask, image_mask, parse_box
 
@@ -80,12 +65,12 @@ def edit(  # noqa: PLR0913 - one argument an option
     elif box is not None:
         area = box_mask(parse_box(box), (source.width, source.height))
     step = session.edit(
-        _load(model, device, dtype),
+        load_model(model, device, dtype),
         instruction,
         seed=seed,
         settings=settings,
         mask=area,
-        callback_on_scale=_report_scale,
+        callback_on_scale=report_scale,
     )
     change = step.manifest.change
     changed = f", {change['kind']} change of {change['area']:.0%} of the picture" if change else ""
