@@ -49,7 +49,7 @@ def test_saved_and_loaded_adapters_give_the_same_bits(trained, tmp_path):
     _, before, after = trained
     assert not torch.equal(before, after)
     fresh = tiny_pipeline()
-    load_lora(fresh, tmp_path)
+    fresh.load_lora_weights(tmp_path)
     assert torch.equal(bits(fresh), after)
 
 

@@ -154,6 +154,12 @@ class VAREditPipeline(DiffusionPipeline):
                     )
         return pipeline
 
+    def load_lora_weights(self, source: str | os.PathLike, name: str = "default") -> None:
+        """Add a LoRA adapter to the transformer, see `varedit.lora.load_lora`. Needs the extra `train`."""
+        from varedit.lora import load_lora
+
+        load_lora(self, source, name)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -194,7 +200,7 @@ class VAREditPipeline(DiffusionPipeline):
         )  # fmt: skip
         texts = self._check_prompts(prompt, prompt_embeds)
         images = list(image) if isinstance(image, (list, tuple)) else [image]
-        wanted: list[int | None] = list(seed) if isinstance(seed, Sequence) else [seed]
+        wanted: list[int | None] = list(seed) if isinstance(seed, (list, tuple)) else [seed]  # type: ignore[list-item]
         for value in wanted:
             if value is not None:
                 check_seed(value)
