@@ -35,7 +35,7 @@ from varedit.pipeline import VAREditPipeline, load_pipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
-from varedit.training.objective import bit_accuracy, objective
+from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
 from varedit.transformer import VAREditTransformer
 
@@ -62,15 +62,17 @@ ASPECTS = {1.0: 36, 0.666: 14, 1.5: 14, 0.75: 11, 1.333: 11, 0.8: 4, 1.25: 4, 0.
 
 Run = Annotated[Path, typer.Option(help="Folder of this run: checkpoints and logs.")]
 Folder = Annotated[Path | None, typer.Option()]
+Start = Annotated[Path | None, typer.Option(help="A model folder to go on from; without it, from zero.")]
 
 
 @dataclass
 class Batch:
-    """Pairs of one bucket: images float32 [-1, 1] (B, 3, H, W)."""
+    """Pairs of one bucket: images float32 [-1, 1] (B, 3, H, W), change masks bool (B, H, W)."""
 
     schedule: ScaleSchedule
     source_B3HW: Tensor
     target_B3HW: Tensor
+    mask_BHW: Tensor
     pairs: list[Pair]
 
 
@@ -79,7 +81,8 @@ def to_batch(pairs: list[Pair], schedule: ScaleSchedule) -> Batch:
         torch.from_numpy(np.stack([getattr(pair, name) for pair in pairs])).permute(0, 3, 1, 2).float() / 127.5 - 1
         for name in ("source", "target")
     )
-    return Batch(schedule, source, target, pairs)
+    mask = torch.from_numpy(np.stack([pair.mask for pair in pairs]))
+    return Batch(schedule, source, target, mask, pairs)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -171,14 +174,18 @@ def laplacian_loss(predicted: Tensor, target: Tensor, num_levels: int = 4) -> Te
 
 @app.command()
 def tokenizer(
-    run: Run, minutes: float = 14, objects: Folder = None, photos: Folder = None, batch_size: int = 8, seed: int = 0
-) -> None:
+    run: Run, minutes: float = 14, objects: Folder = None, photos: Folder = None, start: Start = None,
+    batch_size: int = 8, seed: int = 0, muon_lr: float = 0.015,
+) -> None:  # fmt: skip
     """Train the image tokenizer: L1, Laplacian L1, commitment."""
     torch.manual_seed(seed)
     model = VAREditImageTokenizer(**TOKENIZER)
-    model.initialize()
-    model = model.to(memory_format=torch.channels_last)
-    progress = Progress(run, "tokenizer", minutes, model, muon_and_adamw(model, muon_lr=0.015, adamw_lr=1.5e-3))
+    if start:
+        model.load_state_dict(load_pipeline(str(start), dtype=torch.float32).image_tokenizer.state_dict())
+    else:
+        model.initialize()
+    model = model.train().to(memory_format=torch.channels_last)
+    progress = Progress(run, "tokenizer", minutes, model, muon_and_adamw(model, muon_lr=muon_lr, adamw_lr=muon_lr / 10))
     for batch in stream(objects, photos, batch_size // 2, seed, progress.step):
         if progress.done:
             break
@@ -248,13 +255,18 @@ def encode_batch(model: VAREditImageTokenizer, batch: Batch) -> tuple[Tensor, Te
 
 @app.command()
 def editor(
-    run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, batch_size: int = 24, seed: int = 1
-) -> None:
+    run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, start: Start = None,
+    batch_size: int = 16, seed: int = 1, edit_weight: float = 4.0,
+) -> None:  # fmt: skip
     """Train the editor on the frozen tokenizer's features and the frozen text encoder's states."""
     torch.manual_seed(seed)
     image_tokenizer = load_tokenizer(run).to(memory_format=torch.channels_last)
     model = VAREditTransformer(**EDITOR)
-    model.initialize()
+    if start:
+        model.load_state_dict(load_pipeline(str(start), dtype=torch.float32).transformer.state_dict())
+    else:
+        model.initialize()
+    model = model.train()
     text = TextCache(EDITOR["max_text_tokens"])
     optimizers = muon_and_adamw(model, muon_lr=0.015, adamw_lr=1.5e-3, prefix="blocks.")
     progress = Progress(run, "editor", minutes, model, optimizers)
@@ -272,7 +284,8 @@ def editor(
                 batch.schedule, forced.inputs_BLC, source_BChw=source_BChw,
                 text_BTF=text_BTF, text_mask_BT=mask_BT, drop_text_B=drop_B,
             )  # fmt: skip
-        loss = objective(logits, forced.bits_BLC, batch.schedule)
+        weights_BL = edit_weights(batch.mask_BHW, batch.schedule, edit_weight)
+        loss = objective(logits, forced.bits_BLC, batch.schedule, weights_BL)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()

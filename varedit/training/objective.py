@@ -20,10 +20,29 @@ def bit_losses(logits_BLC2: Tensor, bits_BLC: Tensor) -> Tensor:
     return F.softplus(torch.where(bits_BLC, -margin, margin))
 
 
-def objective(logits_BLC2: Tensor, bits_BLC: Tensor, schedule: ScaleSchedule) -> Tensor:
-    """The scalar loss: mean over bits and batch, weighted over tokens."""
+def edit_weights(mask_BHW: Tensor, schedule: ScaleSchedule, factor: float) -> Tensor:
+    """Weights that count tokens inside the change mask `factor` times, float32 (B, L), sum 1 for every pair.
+
+    Not in the paper. Where most of a picture stays as it is, copying fills the loss long before the edit is learned; a
+    small model on a small budget then spends it where it is needed. A token that the mask touches counts as inside.
+
+    Args:
+        mask_BHW: bool, True where the edit may change pixels.
+    """
+    parts = [
+        F.adaptive_max_pool2d(mask_BHW.float()[:, None], grid).flatten(1) * (factor - 1) + 1 for grid in schedule.grids
+    ]
+    weights_BL = torch.cat(parts, dim=1) * token_weights(schedule, mask_BHW.device)
+    return weights_BL / weights_BL.sum(1, keepdim=True)
+
+
+def objective(
+    logits_BLC2: Tensor, bits_BLC: Tensor, schedule: ScaleSchedule, weights_BL: Tensor | None = None
+) -> Tensor:
+    """The scalar loss: mean over bits and batch, weighted over tokens (by `token_weights` if none are given)."""
     losses_BL = bit_losses(logits_BLC2, bits_BLC).mean(-1)
-    return (losses_BL * token_weights(schedule, losses_BL.device)).sum(1).mean()
+    weights = token_weights(schedule, losses_BL.device) if weights_BL is None else weights_BL
+    return (losses_BL * weights).sum(1).mean()
 
 
 def bit_accuracy(logits_BLC2: Tensor, bits_BLC: Tensor, schedule: ScaleSchedule) -> Tensor:
