@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from varedit import __version__
-from varedit.cli import batch, convert, data, doctor, edit, evaluate, replay, session, train
+from varedit.cli import batch, convert, data, doctor, edit, evaluate, inspect, replay, session, train
 
 app = typer.Typer(
     name="varedit",
@@ -28,6 +28,7 @@ app.command()(convert.convert)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(inspect.app, name="inspect")
 app.command()(doctor.doctor)
 
 # What the command line parser raises on unknown options, missing arguments and values of the wrong type.

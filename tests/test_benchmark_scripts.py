@@ -1,0 +1,223 @@
+"""Held-out pairs, paraphrases, gallery and sweep: what they ask, choose and count."""
+
+import random
+import re
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varedit.data.synthetic import World, grammar
+from varedit.data.synthetic.phrases import PHOTO, PHOTO_KIND, PHRASES, PIC
+from varedit.evaluation.benchmarks import load
+from varedit.evaluation.held_out import HeldOut, objects_of
+from varedit.testing import tiny_pipeline
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import gallery  # noqa: E402
+import paraphrases  # noqa: E402
+import sweep  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def held_out() -> HeldOut:
+    return HeldOut(seed=2024)
+
+
+# -- held-out pairs
+
+
+def test_regions_are_those_of_the_benchmark(held_out):
+    for case in load("procedural", None, size=128, limit=30).cases:
+        mine = held_out.regions(held_out.pair(int(case.key)))
+        theirs = case.regions()
+        assert len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs))
+
+
+def test_the_answer_succeeds_and_the_source_does_not(held_out):
+    for index in islice(held_out.judgeable(), 40):
+        pair = held_out.pair(index)
+        assert held_out.check(pair, pair.target).success
+        assert held_out.check(pair, pair.source).completeness == 0
+
+
+def test_indices_are_a_function_of_the_stream(held_out):
+    first = list(islice(held_out.judgeable(), 8))
+    assert list(islice(held_out.judgeable(first[3]), 5)) == first[3:]
+    assert len(first) == len(set(first))
+
+
+# -- paraphrases
+
+TEXTS = paraphrases.read_paraphrases()
+
+
+def test_paraphrases_cover_every_kind_of_edit():
+    assert sum(map(len, TEXTS.values())) >= 60
+    assert set(TEXTS) == (set(PHRASES) - {"recolour_sprite"}) | {"composition"}
+    for kind, texts in TEXTS.items():
+        assert len(texts) >= 2 and len({text.lower() for text in texts}) == len(texts), kind
+
+
+def patterns(key: str) -> list[re.Pattern]:
+    """Expressions that match all that the grammar can say, in any of its dresses; a slot matches a slot."""
+    found = []
+    for template in (*PHRASES[key][0], *PHRASES[key][1]):
+        text = template.replace("{pic}", f"[{PIC[1:-1]}|{PHOTO[1:-1]}]").replace("{kind}", PHOTO_KIND)
+        text = re.escape(text)
+        previous = None
+        while text != previous:  # innermost choices first
+            previous = text
+            text = re.sub(r"\\\[([^\[\]]*?)\\\]", lambda m: "(?:" + m[1].replace(r"\|", "|") + ")", text)
+        text = re.sub(r"\\{\w+\\}", r"\\{\\w+\\}", text)
+        found.append(
+            re.compile(rf"(?:please |can you |could you (?:please )?)?{text}(?:, please)?[.?]?", re.IGNORECASE)
+        )
+    return found
+
+
+def test_the_expressions_match_what_the_grammar_says():
+    rng = random.Random(0)
+    names = "ref colour old bare new where is objects back back_adj goal them they side its stuff stuff_adj quoted"
+    slots = dict.fromkeys([*names.split(), "old_quoted"], "zzz")
+    for key in PHRASES:
+        for held in (False, True):
+            said = grammar.dress(rng, grammar.clause(rng, key, slots, photo=held, held_out=held))
+            said = re.sub("zzz", "{thing}", said, flags=re.IGNORECASE)
+            assert any(pattern.fullmatch(said) for pattern in patterns(key)), said
+
+
+@pytest.mark.parametrize("key", sorted(PHRASES))
+def test_no_paraphrase_is_one_of_the_grammar(key):
+    for text in TEXTS["recolour" if key == "recolour_sprite" else key]:
+        for pattern in patterns(key):
+            assert not pattern.fullmatch(text), f"{text!r} is what the grammar says: {pattern.pattern}"
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    world = World(split="test", size=128)
+    return [world.pair(6, index) for index in range(300)]
+
+
+def test_paraphrases_name_what_is_asked(pairs):
+    kinds = set()
+    for number, pair in enumerate(pairs):
+        edits = paraphrases.asked(pair)
+        if edits is None:
+            continue
+        operations = pair.target_scene["edit"]
+        assert len(edits) == len(operations)
+        text = paraphrases.paraphrase(pair, TEXTS, random.Random(number))
+        assert text == paraphrases.paraphrase(pair, TEXTS, random.Random(number))
+        assert not re.search(r"[{}]|\ba [aeio]\w|\b(\w+) \1\b", text), text
+        for edit, operation in zip(edits, operations):
+            kinds.add(edit.kind)
+            assert all(value in text or not value for value in edit.slots.values()), (text, edit)
+            if operation["op"] == "recolour":
+                assert edit.slots["colour"] == operation["to"]
+            if operation["op"] == "replace":
+                assert operation["to"] in edit.slots["thing"]
+            if operation["op"] in ("add", "replace"):
+                assert any(grammar.name_of(item) in edit.slots["thing"] for item in objects_of(pair)[1])
+            if "object" in edit.slots:
+                items, _ = objects_of(pair)
+                fitting = [i for i in range(len(items)) if edit.slots["object"] in grammar.references(items, i)]
+                assert len(fitting) == 1
+    assert len(kinds) > 35
+
+
+def test_most_pairs_can_be_paraphrased(pairs):
+    assert sum(paraphrases.asked(pair) is None for pair in pairs) < 0.02 * len(pairs)
+
+
+def test_rates_and_report():
+    assert paraphrases.rate([True] * 8 + [False] * 2) == "80.0 (49.0 to 94.3)"  # Wilson, 8 of 10
+    rows = [
+        {"type": "tone", "index": number, "grammar": {"success": True, "completeness": 1.0},
+         "paraphrase": {"success": number < 5, "completeness": 0.5}} for number in range(10)
+    ]  # fmt: skip
+    text = paraphrases.report(rows, "a model")
+    assert "| tone | 10 | 100.0 (72.2 to 100.0) | 50.0 (23.7 to 76.3) | 1.00 | 0.50 |" in text
+    assert "Paraphrase less grammar: -50.0 points" in text
+
+
+# -- gallery
+
+
+def test_the_gallery_shows_every_kind(held_out):
+    chosen = gallery.choose(held_out, with_photos=False, allowed=None)
+    kinds = [held_out.pair(index).edit_type for index in chosen]
+    assert len(chosen) == 40 == sum(map(sum, gallery.SHOWN.values()))
+    assert {kind: kinds.count(kind) for kind in kinds} == {kind: sum(n) for kind, n in gallery.SHOWN.items()}
+    assert chosen == gallery.choose(HeldOut(seed=2024), with_photos=False, allowed=None)
+
+
+def test_the_committed_gallery_has_free_pictures_only():
+    allowed = {*gallery.DRAWN, *gallery.PHOTOGRAPHS.values()}
+    with gallery.free_photographs() as folder:
+        held_out = HeldOut(None, folder, seed=gallery.SEED)
+        chosen = gallery.choose(held_out, True, allowed)
+        on_photos = [index for index in chosen if held_out.pair(index).scene["background"]["kind"] == "photo"]
+        assert len(chosen) == 40 and len(on_photos) == sum(photos for photos, _ in gallery.SHOWN.values())
+        used = {licence for index in chosen for licence in held_out.world.licences(held_out.pair(index))}
+        assert used & set(gallery.PHOTOGRAPHS.values()) and used <= allowed
+
+
+def test_sheet_and_page(held_out):
+    pipeline = tiny_pipeline()
+    indices = list(islice(held_out.judgeable(), 4))
+    shown = gallery.edit(pipeline, held_out, indices)
+    sheet = gallery.draw_sheet(shown)
+    assert sheet.width > 1200 and sheet.height > 2 * 128
+    # The first case's source stands in the sheet as it is.
+    place = (gallery._MARGIN, gallery._MARGIN + gallery._LINE + gallery._NUM_LINES * gallery._LINE)
+    box = (*place, place[0] + 128, place[1] + 128)
+    assert np.array_equal(np.asarray(sheet.crop(box)), shown[0].pair.source)
+    assert len(gallery.encode(sheet, 60_000)) <= 60_000
+    with pytest.raises(ValueError, match="does not fit into 100 bytes"):
+        gallery.encode(sheet, 100)
+    text = gallery.page(shown, "a model", ["somebody"])
+    assert all(case.pair.instruction in text for case in shown) and "- somebody" in text
+    assert text.count("| yes |") + text.count("| no |") == 4
+
+
+# -- sweep
+
+
+def test_sweep_of_a_tiny_model(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    sweep.main(
+        model=str(tmp_path / "model"), guidance_scales="1,3", temperatures="0,1", top_ps="1,0.9", count=3,
+        batch_size=2, preserve="off", output=tmp_path / "sweep.md",
+    )  # fmt: skip
+    rows = re.findall(r"^\| (\S+) \| (\S+) \| (\S+) \| .*\|$", (tmp_path / "sweep.md").read_text(), re.MULTILINE)[2:]
+    assert rows == [("1", "0", "1"), ("1", "1", "1"), ("1", "1", "0.9"), ("3", "0", "1"), ("3", "1", "1"),
+                    ("3", "1", "0.9")]  # fmt: skip
+
+
+def test_judging_does_not_depend_on_the_batch(held_out):
+    from varedit.editing.edit import Settings
+
+    pipeline, indices = tiny_pipeline(), list(islice(held_out.judgeable(), 3))
+    settings = Settings(3.0, 0.5, 1.0)
+    assert sweep.judge(pipeline, held_out, indices, settings, 3) == sweep.judge(
+        pipeline, held_out, indices, settings, 1
+    )
+
+
+@pytest.mark.parametrize("value", ["-1", "nan"])
+def test_settings_that_cannot_be_are_refused_before_a_model_loads(value):
+    with pytest.raises(ValueError, match="temperature"):
+        sweep.main(model="nowhere", temperatures=value)
+
+
+def test_pictures_are_read_as_they_are():
+    with gallery.free_photographs() as folder:
+        for file in gallery.PHOTOGRAPHS:
+            with Image.open(folder / file) as image:
+                assert image.mode == "RGB" and min(image.size) >= 256
