@@ -34,7 +34,7 @@ from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
 from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
-from varedit.training.trainer import _compile_blocks
+from varedit.training.trainer import compile_blocks
 from varedit.transformer import VAREditTransformer
 
 logger = logging.getLogger("recipe")
@@ -278,7 +278,7 @@ def editor(
     optimizers = muon_and_adamw(model, chosen.muon_lr, chosen.muon_lr / 10, prefix="blocks.")
     progress = Chunk(run, "editor", minutes, steps or chosen.editor_steps, model, optimizers)
     if compile:
-        _compile_blocks(model)
+        compile_blocks(model)
     dataset = Pairs(objects, photos, chosen.size, chosen.editor_pairs, seed, progress.step)
     batches, patch_size = loader(dataset, num_workers), image_tokenizer.config.patch_size
     while not progress.done:

@@ -53,6 +53,19 @@ def test_saved_and_loaded_adapters_give_the_same_bits(trained, tmp_path):
     assert torch.equal(bits(fresh), after)
 
 
+def test_dropout_belongs_to_training(tmp_path):
+    pipeline = tiny_pipeline()
+    add_lora(pipeline.transformer, rank=4, alpha=8, dropout=0.5)
+    train_a_little(pipeline, seed=0)
+    save_lora(pipeline.transformer, tmp_path)
+    after = bits(pipeline)
+    fresh = tiny_pipeline()
+    load_lora(fresh, tmp_path)
+    assert torch.equal(bits(fresh), after) and torch.equal(bits(fresh), after)
+    pipeline.transformer.train()
+    assert not torch.equal(bits(pipeline), after), "dropout does nothing in training"
+
+
 def test_merged_adapters_give_the_same_bits_and_leave_plain_layers(trained, tmp_path):
     pipeline, before, after = trained
     merge_lora(pipeline)
@@ -82,6 +95,26 @@ def test_stacked_adapters_add_up(trained, tmp_path):
     assert torch.equal(bits(fresh), before)
     with pytest.raises(ValueError, match="'three'.*one, two"):
         stack_lora(fresh, {"three": 1.0})
+
+
+def test_adapters_of_two_trainings_stack_and_merge_in_any_order(trained, tmp_path):
+    _, before, first = trained
+    other = tiny_pipeline()
+    add_lora(other.transformer, rank=2, alpha=2, targets=("to_qkv", "fc1"))
+    train_a_little(other, seed=1)
+    save_lora(other.transformer, tmp_path / "other")
+    second = bits(other)
+    results = []
+    for names in (("one", "two"), ("two", "one")):
+        fresh = tiny_pipeline()
+        for name in names:
+            fresh.load_lora_weights(tmp_path if name == "one" else tmp_path / "other", name=name)
+        stack_lora(fresh, {"one": 0.8, "two": 0.5})
+        results.append(bits(fresh))
+        merge_lora(fresh)
+        results.append(bits(fresh))
+    assert all(torch.equal(results[0], result) for result in results)
+    assert not any(torch.equal(results[0], single) for single in (before, first, second))
 
 
 def test_refusals(trained, tmp_path):

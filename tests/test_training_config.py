@@ -86,6 +86,13 @@ def test_changed_fields_names_them(tmp_path):
         ({"transformer": {"width": 64}}, ["transformer.width", "start"]),
         ({"lora": {}, "optimizer": {"name": "muon"}}, ["muon", "lora", "adamw"]),
         ({"lora": {}, "precision": "float32"}, ["frozen_dtype", "float32"]),
+        ({"frozen_dtype": "nf4"}, ["frozen_dtype", "nf4", "lora"]),
+        ({"frozen_dtype": "nf4", "lora": {}, "sharding": "fsdp"}, ["sharding", "nf4", "none"]),
+        ({"frozen_dtype": "nf4", "lora": {}, "compile": True}, ["compile", "nf4", "false"]),
+        ({"edit_weight": 4, "scale_weights": "equal"}, ["edit_weight", "sqrt_area"]),
+        ({"edit_weight": 0}, ["edit_weight", "more than 0"]),
+        ({"max_minutes": -1}, ["max_minutes", "at least 0"]),
+        ({"wandb": "offline"}, ["wandb", "true or false"]),
         ({"start": None}, ["image_tokenizer", "missing"]),
         ({"start": None, "image_tokenizer": "a", "text_encoder": "b"}, ["transformer", "preset"]),
         (

@@ -54,9 +54,9 @@ def _train(settings: "RunConfig", output: Path, resume: bool) -> None:
     from varedit.training.run import train
 
     try:
-        train(settings, output, resume)
+        steps = train(settings, output, resume)
     except CheckpointError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     if first:
-        typer.echo(f"{output}: done, {settings.steps} steps")
+        typer.echo(f"{output}: done, {steps} steps")

@@ -3,18 +3,18 @@
 Every value is checked before any data is read. Imports neither PyTorch nor diffusers.
 """
 
-import difflib
-import types
-import typing
+import importlib.util
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import yaml
 
 from varedit.presets import PRESETS
 from varedit.scales import ASPECT_RATIOS, SIZES
+from varedit.training.typed_yaml import build, flat, override, plain
 
 FREE_ON_START = ("conditioning", "num_aligned_blocks", "position_layout")
 """Arguments of the transformer that change no weight's shape: they may be chosen anew when a training starts."""
@@ -103,6 +103,8 @@ class RunConfig:
 
     Attributes:
         steps: optimizer steps.
+        max_minutes: end after this time of training, if the steps are not done before, and decay the learning rate
+            by whichever is further, steps or time; 0 for no limit. Such a run cannot be reproduced bit by bit.
         batch_size: pairs a step, over all processes.
         micro_batch_size: pairs a pass of one process; what is left of the batch is accumulated. The losses depend on
             it only by rounding, and on the number of processes likewise.
@@ -117,11 +119,13 @@ class RunConfig:
         sample_count: edits or reconstructions of one sample picture.
         keep_checkpoints: older ones are deleted.
         async_checkpoints: write while training goes on (costs a copy of the state in main memory).
+        wandb: send config, metrics and sample pictures to Weights & Biases, under the account that its package knows.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 1000
+    max_minutes: float = 0.0
     batch_size: int = 16
     micro_batch_size: int = 16
     seed: int = 0
@@ -137,6 +141,7 @@ class RunConfig:
     save_every: int = 500
     keep_checkpoints: int = 2
     async_checkpoints: bool = False
+    wandb: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +161,12 @@ class EditorConfig(RunConfig):
         drop_text: share of the pairs trained without the instruction (condition dropout).
         max_flip: largest share of flipped bits (bitwise self-correction).
         scale_weights: "sqrt_area": a token weighs sqrt(finest area / its scale's area); "equal": all alike.
+        edit_weight: a token inside the change mask weighs this much more, in training; the paper's 1 needs no masks.
+            Pairs without a mask count as changed everywhere. The validation loss is always that of 1.
         gradient_checkpointing: recompute the blocks in the backward pass.
         lora: train adapters on frozen weights.
-        frozen_dtype: precision of the frozen transformer weights under LoRA.
+        frozen_dtype: precision of the frozen transformer weights under LoRA. "nf4" is QLoRA: the linear layers of the
+            blocks in 4 bits, the rest in bfloat16.
     """
 
     start: str | None = None
@@ -170,9 +178,10 @@ class EditorConfig(RunConfig):
     drop_text: float = 0.1
     max_flip: float = 0.3
     scale_weights: Literal["sqrt_area", "equal"] = "sqrt_area"
+    edit_weight: float = 1.0
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
-    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    frozen_dtype: Literal["float32", "bfloat16", "nf4"] = "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +212,9 @@ class TokenizerConfig(RunConfig):
 
 
 MAY_CHANGE = (
-    "steps", "device", "log_every", "validate_every", "sample_every", "sample_count", "save_every",
-    "keep_checkpoints", "async_checkpoints", "data.num_workers", "data.max_bad_fraction", "data.validation",
-    "data.validation_count",
+    "steps", "max_minutes", "device", "sharding", "log_every", "validate_every", "sample_every", "sample_count",
+    "save_every", "keep_checkpoints", "async_checkpoints", "wandb", "data.num_workers", "data.max_bad_fraction",
+    "data.validation", "data.validation_count",
 )  # fmt: skip
 """Fields that a resumed run may be given anew: all others would make it another run."""
 
@@ -229,132 +238,24 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
         raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {str(path)!r} holds {type(values).__name__}; write one field: value a line")
-    for override in overrides:
-        _override(values, override)
-    config = _build(kind, values, "")
+    for text in overrides:
+        override(values, text)
+    config = build(kind, values)
     check(config)
     return config
 
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a config as YAML that `load_config` reads back as an equal config."""
-    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(plain(asdict(config)), sort_keys=False), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def changed_fields(config: RunConfig, other: RunConfig) -> list[str]:
     """Names of the fields, such as "data.sizes", in which two configs of one kind differ."""
-    first, second = _flat(config), _flat(other)
+    first, second = flat(config), flat(other)
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    name, separator, value = text.partition("=")
-    if not separator or not name.strip():
-        raise ValueError(f"--set {text!r} is not an override; write field=value, as in data.num_workers=2")
-    *groups, last = name.strip().split(".")
-    for group in groups:
-        if values.get(group) is None:
-            values[group] = {}
-        values = values[group]
-        if not isinstance(values, dict):
-            raise ValueError(f"--set {text!r}: {group} has no fields of its own")
-    try:
-        values[_key(last)] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {text!r}: the value is not YAML; quote it") from error
-
-
-def _key(text: str) -> Any:
-    """A key as YAML reads it, so that sizes.128 meets the file's 128."""
-    return yaml.safe_load(text) if text.isdigit() else text
-
-
-def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
-    known = {item.name: item for item in fields(kind)}
-    hints = typing.get_type_hints(kind)
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(known)}"
-            raise ValueError(f"config field {prefix}{name} is unknown; {hint}")
-    return kind(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """The value as the type asks, or ValueError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint) and isinstance(value, dict):
-        return _build(hint, value, f"{name}.")
-    if origin in (types.UnionType, typing.Union):
-        return _convert_union(arguments, value, name, hint)
-    if origin is Literal and value in arguments and type(value) in map(type, arguments):
-        return value
-    if origin is dict and isinstance(value, dict):
-        key_type, value_type = arguments
-        return {_convert(key_type, k, f"{name} key"): _convert(value_type, v, f"{name}.{k}") for k, v in value.items()}
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, name) for item in value)
-        if len(value) == len(arguments):
-            return tuple(_convert(kind, item, name) for kind, item in zip(arguments, value))
-    if hint is float and not isinstance(value, bool):
-        try:  # YAML reads 6e-5, without a point, as text
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    if hint is type(None) and value is None:
-        return None
-    raise ValueError(f"config field {name} is {value!r}; give {_spell(hint)}")
-
-
-def _convert_union(arguments: tuple, value: Any, name: str, hint: Any) -> Any:
-    if type(None) in arguments and value is None:
-        return None
-    kinds = [kind for kind in arguments if kind is not type(None)]
-    if len(kinds) == 1:  # the message then names the field inside
-        return _convert(kinds[0], value, name)
-    for kind in kinds:
-        try:
-            return _convert(kind, value, name)
-        except ValueError:
-            continue
-    raise ValueError(f"config field {name} is {value!r}; give {_spell(hint)}")
-
-
-def _spell(hint: Any) -> str:
-    """A type in words."""
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    if hint in names:
-        return names[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is dict:
-        return f"a table of {_spell(arguments[0])}: {_spell(arguments[1])}"
-    if origin is tuple:
-        return f"a list of {_spell(arguments[0])}"
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_spell(kind) for kind in arguments)
-    return "a table of " + ", ".join(item.name for item in fields(hint))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        flat |= _flat(value, f"{prefix}{item.name}.") if is_dataclass(value) else {prefix + item.name: value}
-    return flat
 
 
 # -- checking --------------------------------------------------------------------------------------------------------
@@ -366,20 +267,20 @@ def _require(condition: bool, message: str) -> None:
 
 
 _AT_LEAST: dict[str, float] = {
-    "steps": 1, "batch_size": 1, "micro_batch_size": 1, "seed": 0, "log_every": 1, "validate_every": 0,
-    "sample_every": 0, "sample_count": 1, "save_every": 0, "keep_checkpoints": 1, "data.validation_count": 0,
-    "data.num_workers": 0, "optimizer.warm_up": 0, "text_batch_size": 1, "lora.rank": 1, "laplacian_weight": 0,
-    "commitment_weight": 0, "entropy_weight": 0, "perceptual_weight": 0, "adversarial_weight": 0,
-    "adversarial_start": 0, "optimizer.weight_decay": 0,
+    "steps": 1, "max_minutes": 0, "batch_size": 1, "micro_batch_size": 1, "seed": 0, "log_every": 1,
+    "validate_every": 0, "sample_every": 0, "sample_count": 1, "save_every": 0, "keep_checkpoints": 1,
+    "data.validation_count": 0, "data.num_workers": 0, "optimizer.warm_up": 0, "optimizer.weight_decay": 0,
+    "text_batch_size": 1, "lora.rank": 1, "laplacian_weight": 0, "commitment_weight": 0, "entropy_weight": 0,
+    "perceptual_weight": 0, "adversarial_weight": 0, "adversarial_start": 0,
 }  # fmt: skip
-_POSITIVE = ("optimizer.lr", "optimizer.muon_lr", "optimizer.eps", "optimizer.clip", "lora.alpha")
+_POSITIVE = ("edit_weight", "optimizer.lr", "optimizer.muon_lr", "optimizer.eps", "optimizer.clip", "lora.alpha")
 _BELOW_ONE = ("ema_decay", "drop_text", "max_flip", "drop_scales", "lora.dropout")
 _SHARES = ("data.max_bad_fraction", "optimizer.decay_fraction", "optimizer.final_factor")
 
 
 def check(config: RunConfig) -> None:
     """Raise ValueError for a value out of range or a combination that cannot work."""
-    values = _flat(config)
+    values = flat(config)
     for name, least in _AT_LEAST.items():
         _require(values.get(name, least) >= least, f"{name} is {values.get(name)}; give at least {least}")
     for name in _POSITIVE:
@@ -412,6 +313,20 @@ def check_processes(config: RunConfig, num_processes: int) -> None:
     )
     if config.sharding == "fsdp" and num_processes == 1:
         raise ValueError("config field sharding is fsdp with one process; start several with torchrun, or set none")
+
+
+def check_packages(config: RunConfig) -> None:
+    """Raise ValueError if the config needs a package that is not installed."""
+    needed = {"wandb": "wandb"} if config.wandb else {}
+    if isinstance(config, EditorConfig) and config.lora is not None:
+        needed["lora"] = "peft"
+        if config.frozen_dtype == "nf4":
+            needed["frozen_dtype nf4"] = "torchao"
+    for name, package in needed.items():
+        _require(
+            importlib.util.find_spec(package) is not None,
+            f"{name} needs the package {package}; install it with pip install {package}, or leave the field out",
+        )
 
 
 def _check_data(data: DataConfig) -> None:
@@ -451,12 +366,22 @@ def _check_editor(config: EditorConfig) -> None:
                 name in FREE_ON_START,
                 f"transformer.{name} is fixed by the model in start; only {', '.join(FREE_ON_START)} may be given",
             )
-    if config.lora is not None:
+    _require(
+        config.edit_weight == 1 or config.scale_weights == "sqrt_area",
+        f"edit_weight is {config.edit_weight} with scale_weights equal; set scale_weights to sqrt_area",
+    )
+    if config.lora is None:
+        _require(config.frozen_dtype != "nf4", "frozen_dtype is nf4 without lora; give lora, as in lora.rank=16")
+    else:
         _require(config.optimizer.name == "adamw", "optimizer.name is muon with lora; adapters train with adamw")
         _require(
             config.precision == "bfloat16" or config.frozen_dtype == "float32",
-            "frozen_dtype is bfloat16 with precision float32; set frozen_dtype to float32, or precision to bfloat16",
+            f"frozen_dtype is {config.frozen_dtype} with precision float32; set frozen_dtype to float32, or precision "
+            "to bfloat16",
         )
+        if config.frozen_dtype == "nf4":
+            _require(config.sharding == "none", "sharding is fsdp with frozen_dtype nf4; set sharding to none")
+            _require(not config.compile, "compile is true with frozen_dtype nf4; set it to false")
         _require(bool(config.lora.targets), "lora.targets is empty; name at least one layer, as in [to_qkv, proj]")
 
 

@@ -15,14 +15,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from varedit.data.features import picture_input
 from varedit.data.synthetic import World
-from varedit.image_processor import load_image, prepare
+from varedit.image_processor import Prepared, prepare
+from varedit.image_reader import load_image
 from varedit.scales import ScaleSchedule, nearest_schedule, scale_schedule
 from varedit.training.config import DataConfig
-from varedit.training.pair_index import read_entry
+from varedit.training.pair_index import read_entry, read_entry_features
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +38,34 @@ def stream_seed(*parts: object) -> int:
 
 
 @dataclass(frozen=True)
+class StoredFeatures:
+    """What the frozen models make of a pair, out of its shard; all float32.
+
+    Attributes:
+        source_dhw, target_dhw: of the image tokenizer, on its own grid.
+        text_TF: states of each phrasing.
+    """
+
+    source_dhw: Tensor
+    target_dhw: Tensor
+    text_TF: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Example:
-    """One prepared pair: images float32 (3, H, W) in [-1, 1]."""
+    """One prepared pair.
+
+    Attributes:
+        source_3HW, target_3HW: float32 in [-1, 1].
+        mask_HW: bool, True where the edit may change pixels; None where nobody says.
+        features: where they are stored and used.
+    """
 
     source_3HW: Tensor
     target_3HW: Tensor
     instructions: tuple[str, ...]
+    mask_HW: Tensor | None = None
+    features: StoredFeatures | None = None
 
 
 @dataclass
@@ -54,6 +79,8 @@ class MicroBatch:
         instructions: the phrasings of each pair.
         skipped: pairs that could not be used and were replaced, by name.
         error: why there are no pairs at all; everything else is then empty.
+        mask_BHW: change masks, bool, all True for a pair without one.
+        features: of each pair where they are stored, else empty: the frozen models need not run.
     """
 
     step: int
@@ -64,6 +91,8 @@ class MicroBatch:
     instructions: list[tuple[str, ...]]
     skipped: list[str] = field(default_factory=list)
     error: str = ""
+    mask_BHW: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    features: list[StoredFeatures] = field(default_factory=list)
 
 
 class WorldPairs:
@@ -92,7 +121,7 @@ class WorldPairs:
             self._worlds[schedule] = World(*folders, self.split, schedule.size, schedule.height_over_width)
         pair = self._worlds[schedule].pair(self.seed, number)
         images = (torch.from_numpy(np.array(p)).permute(2, 0, 1) / 127.5 - 1 for p in (pair.source, pair.target))
-        return Example(*images, pair.instructions)
+        return Example(*images, pair.instructions, torch.from_numpy(pair.mask))
 
     def neighbour(self, schedule: ScaleSchedule, number: int) -> int:
         return number + 1_000_000_007
@@ -103,10 +132,19 @@ class IndexedPairs:
 
     Args:
         entries: of `pair_index.scan`, all of one folder.
+        use_features: read the features stored beside the pairs.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[dict[str, Any]], config: DataConfig, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: Sequence[dict[str, Any]],
+        config: DataConfig,
+        seed: int,
+        use_features: bool = False,
+    ) -> None:
         self.folder, self.entries, self.config, self.seed = folder, list(entries), config, seed
+        self.use_features = use_features
         self.members: dict[ScaleSchedule, list[int]] = {}
         for size in config.sizes:
             for index, entry in enumerate(self.entries):
@@ -121,18 +159,45 @@ class IndexedPairs:
 
     def load(self, schedule: ScaleSchedule, number: int) -> Example:
         record = read_entry(self.folder, self.entries[number])
-        # Only Pillow's own errors are turned into words by load_image; what it gets must be a path or bytes.
-        images = [load_image(p if isinstance(p, Path) else p.getvalue()) for p in (record.source, record.target)]
+        images = [load_image(picture_input(picture)) for picture in (record.source, record.target)]
         if (images[0].width, images[0].height) != (images[1].width, images[1].height):
             raise ValueError("source and target differ in size")
         prepared = [prepare(image.rgb, schedule.size, self.config.fit) for image in images]
         if prepared[0].schedule != schedule:
             raise ValueError("the picture has changed since the folder was scanned")
-        return Example(*(item.image_B3HW[0] for item in prepared), record.instructions)
+        return Example(
+            *(item.image_B3HW[0] for item in prepared),
+            record.instructions,
+            _fit_mask(record.mask_array(), prepared[0]),
+            self._features(schedule, number) if self.use_features else None,
+        )
+
+    def _features(self, schedule: ScaleSchedule, number: int) -> StoredFeatures:
+        entry = self.entries[number]
+        stored = read_entry_features(self.folder, entry)
+        text = tuple(stored[f"text.{index}"] for index in range(len(entry["instructions"])))
+        return StoredFeatures(stored[f"source.{schedule.size}"], stored[f"target.{schedule.size}"], text)
 
     def neighbour(self, schedule: ScaleSchedule, number: int) -> int:
         members = self.members[schedule]
         return members[(members.index(number) + 1) % len(members)]
+
+
+def _fit_mask(mask_HW: np.ndarray | None, prepared: Prepared) -> Tensor | None:
+    """A mask of the source's size through the same fit as the source: bool, True where it touches a model pixel.
+
+    What the fit made up around the picture follows the mask as it follows the picture; beside a square fit it is False.
+    """
+    if mask_HW is None:
+        return None
+    if mask_HW.shape != (prepared.source.height, prepared.source.width):
+        raise ValueError("mask and source differ in size")
+    left, top, right, bottom = (round(edge) for edge in prepared.content_box)
+    size = max(right - left, 1), max(bottom - top, 1)
+    covered = np.asarray(Image.fromarray(mask_HW.astype(np.float32)).resize(size, Image.Resampling.BOX)) > 0
+    height, width = prepared.schedule.image_hw
+    around = (top, height - top - size[1]), (left, width - left - size[0])
+    return torch.from_numpy(np.pad(covered, around, mode="symmetric" if prepared.fit == "native" else "constant"))
 
 
 Pairs = WorldPairs | IndexedPairs
@@ -205,7 +270,11 @@ def load_batch(pairs: Pairs, schedule: ScaleSchedule, numbers: list[int], step: 
             error_text = f"{_TRIES} pairs in a row cannot be used, the last being {skipped[-1]}; repair the data"
             return MicroBatch(step, schedule, [], torch.empty(0), torch.empty(0), [], skipped, error_text)
     images = (torch.stack([getattr(e, name) for e in examples]) for name in ("source_3HW", "target_3HW"))
-    return MicroBatch(step, schedule, positions, *images, [e.instructions for e in examples], skipped)
+    everywhere = torch.ones(schedule.image_hw, dtype=torch.bool)
+    masks_BHW = torch.stack([everywhere if e.mask_HW is None else e.mask_HW for e in examples])
+    features = [e.features for e in examples if e.features is not None]
+    instructions = [e.instructions for e in examples]
+    return MicroBatch(step, schedule, positions, *images, instructions, skipped, mask_BHW=masks_BHW, features=features)
 
 
 class HeldOut:
@@ -279,9 +348,9 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def choose_instructions(batch: MicroBatch, seed: int) -> list[str]:
-    """One phrasing of each pair, a function of (seed, step, position)."""
+def choose_phrasings(batch: MicroBatch, seed: int) -> list[int]:
+    """Number of one phrasing of each pair, a function of (seed, step, position)."""
     return [
-        random.Random(stream_seed("phrasing", seed, batch.step, position)).choice(texts)
+        random.Random(stream_seed("phrasing", seed, batch.step, position)).choice(range(len(texts)))
         for position, texts in zip(batch.positions, batch.instructions)
     ]

@@ -20,6 +20,7 @@ from varedit.transformer import VAREditTransformer, attention_mask
 GIB = 1 << 30
 # Bytes a token, channel and block that the backward pass needs in bfloat16, all kept or only the blocks' inputs.
 _KEPT, _KEPT_CHECKPOINTED = 46, 4
+_BYTES_NF4 = 0.5 + 1 / 64  # a weight: four bits, and an int8 scale for 64 of them
 _BYTES_LOGITS = 4 * 4  # float32: logits, their gradient, and two temporaries of the loss
 
 
@@ -98,7 +99,7 @@ def estimate(config: EditorConfig, num_processes: int = 1) -> Estimate:
         num_trained=trained,
         num_companions=num_tokenizer + num_text,
         num_tokens=longest,
-        weights=_bytes(transformer.parameters()) // shards,
+        weights=(_bytes(transformer.parameters()) - _saved_by_nf4(config, transformer)) // shards,
         gradients=_bytes(parameters.values()) // shards,
         optimizer=_bytes(v for k, v in state.items() if not k.startswith(("weight.", "average."))) // shards,
         average=_bytes(v for k, v in state.items() if k.startswith("average.")) // shards,
@@ -118,7 +119,7 @@ def _transformer(config: EditorConfig) -> VAREditTransformer:
         raise ValueError(f"no model in start {config.start!r}; make it first, or name its preset for a dry run")
     transformer = VAREditTransformer(**arguments)
     if config.lora is not None:
-        if config.frozen_dtype == "bfloat16":
+        if config.frozen_dtype != "float32":
             for name, parameter in list(transformer.named_parameters()):
                 if not any(part in name for part in transformer._keep_in_fp32_modules):
                     owner, _, last = name.rpartition(".")
@@ -195,6 +196,14 @@ def _activations(config: EditorConfig, transformer: VAREditTransformer, num_toke
     kept = (_KEPT_CHECKPOINTED * blocks + _KEPT) * layer if config.gradient_checkpointing else _KEPT * blocks * layer
     masks = 3 * num_tokens**2  # boolean, and as a bias in the kernel
     return kept + masks + batch * num_tokens * settings.num_bits * 2 * _BYTES_LOGITS
+
+
+def _saved_by_nf4(config: EditorConfig, transformer: VAREditTransformer) -> int:
+    """Bytes that the blocks' linear layers, counted in bfloat16, are smaller."""
+    if config.lora is None or config.frozen_dtype != "nf4":
+        return 0
+    layers = ((name, layer) for name, layer in transformer.blocks.named_modules() if isinstance(layer, nn.Linear))
+    return int(sum(layer.weight.numel() for name, layer in layers if ".lora_" not in name) * (2 - _BYTES_NF4))
 
 
 def _bytes(values) -> int:

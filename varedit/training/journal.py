@@ -2,7 +2,8 @@
 
 `config.yaml`, `environment.json` and `data.json` are written at the start; `metrics.jsonl` has a line every `log_every`
 steps and one a validation; `samples/` has pictures, `checkpoints/` the way back in, `model/` or `lora/` the result, and
-`tensorboard/` the same numbers and pictures where the package tensorboard is installed.
+`tensorboard/` the same numbers and pictures where the package tensorboard is installed. Weights & Biases gets them only
+if the config says so.
 """
 
 import importlib.metadata
@@ -14,8 +15,10 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,8 +32,73 @@ from varedit.training.config import MAY_CHANGE, RunConfig, changed_fields, load_
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors", "torchao")
 _MAX_SCALES = 13
+
+
+class Tracker(Protocol):
+    """Shows metrics and pictures by step, elsewhere than in `metrics.jsonl`."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def picture(self, name: str, step: int, picture: Image.Image) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the run. What an interrupted run wrote after step `step` is taken back."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, step: int, picture: Image.Image) -> None:
+        self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One run of the project "varedit", the same again when resumed. Needs `wandb login`, or WANDB_MODE=offline.
+
+    Raises:
+        ValueError: it cannot be reached, or there is no account.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        import wandb
+
+        self._wandb, identity = wandb, folder / "wandb.txt"
+        if not identity.exists():
+            _write(identity, uuid.uuid4().hex)
+        name = identity.read_text(encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project="varedit", name=folder.name, id=name, resume="allow", dir=folder, config=asdict(config),
+                settings=wandb.Settings(console="off"),
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"config field wandb is true, but {reason}; set it to false to train without") from error
+        # Its own counter cannot go back to the step that a run is resumed from.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def picture(self, name: str, step: int, picture: Image.Image) -> None:
+        self._run.log({"step": step, name: self._wandb.Image(picture)})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Journal:
@@ -52,10 +120,10 @@ class Journal:
         check_folder(folder, config, resume)
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, self._config)
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
-        self._board = self._open_board()
+        _write(folder / "environment.json", json.dumps(environment(), indent=1))
+        self._trackers: list[Tracker] = []
         self._bar: Progress | None = None
-        self._started, self._first_samples = time.monotonic(), 0
+        self._started, self._first_step, self._first_done = time.monotonic(), 0, 0.0
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`: a resumed run writes them again."""
@@ -68,55 +136,56 @@ class Journal:
                     kept.append(line + "\n")
             except ValueError:  # the run was killed while it wrote this line
                 continue
-        partial = self._metrics.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self._metrics)
+        _write(self._metrics, "".join(kept))
 
-    def start(self, step: int, samples: int) -> None:
-        """Show the progress bar, on a terminal."""
-        self._started, self._first_samples = time.monotonic(), samples
+    def start(self, step: int, done: float) -> None:
+        """Open the trackers and, on a terminal, the progress bar.
+
+        Args:
+            step: after which training begins. done: part of the run that lies behind, 0 to 1.
+
+        Raises:
+            ValueError: see `WeightsAndBiases`.
+        """
+        if importlib.util.find_spec("tensorboard") is not None:
+            self._trackers.append(TensorBoard(self.folder, step))
+        if self.config.wandb:
+            self._trackers.append(WeightsAndBiases(self.folder, self.config))
+        self._started, self._first_step, self._first_done = time.monotonic(), step, done
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), console=console)
             self._bar.start()
-            self._bar.add_task("", total=self.config.steps, completed=step)
+            self._bar.add_task("", total=1.0, completed=done)
 
-    def write(self, step: int, samples: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, done: float, values: dict[str, Any]) -> None:
         """One line of metrics; numbers, and lists of numbers."""
-        rate = (samples - self._first_samples) / max(time.monotonic() - self._started, 1e-9)
+        passed = max(time.monotonic() - self._started, 1e-9)
+        rate = (step - self._first_step) * self.config.batch_size / passed
+        samples = step * self.config.batch_size
         row = {"step": step, "samples": samples, "samples_per_second": round(rate, 3), **values}
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                parts = enumerate(value) if isinstance(value, list) else [(None, value)]
-                for index, part in parts:
-                    self._board.add_scalar(name if index is None else f"{name}/{index}", part, step)
+        for tracker in self._trackers:
+            tracker.write(step, _scalars(values))
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, description=f"{rate:.1f}/s  {text}")
+            text = f"step {step} of {self.config.steps}  {rate:.1f}/s  {text}"
+            self._bar.update(self._bar.task_ids[0], completed=done, description=text)
         else:
-            left = (self.config.steps - step) * self.config.batch_size / max(rate, 1e-9)
+            left = max(0.0, 1 - done) * passed / max(done - self._first_done, 1e-9)
             logger.info("step %d of %d, %.1f samples/s, %s left: %s", step, self.config.steps, rate, _time(left), text)
 
     def picture(self, name: str, step: int, picture: Image.Image) -> None:
-        """Show a sample sheet in TensorBoard; the PNG is written by the caller."""
-        if self._board is not None:
-            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        """Hand a sample sheet to the trackers; the PNG is written by the caller."""
+        for tracker in self._trackers:
+            tracker.picture(name, step, picture)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            self._board.close()
-
-    def _open_board(self) -> Any:
-        if importlib.util.find_spec("tensorboard") is None:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.folder / "tensorboard"))
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
@@ -199,6 +268,21 @@ class Sums:
                 means[name] = float(total / count)
         self._sums = {}
         return means
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
+    """Lists taken apart: "accuracy/0" is that of the coarsest scale."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        flat |= {f"{name}/{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _short(value: Any) -> str:

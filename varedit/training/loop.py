@@ -1,12 +1,13 @@
 """The loop of every training: data, gradients, new weights, what is logged and saved, and the exact way back in.
 
 Everything random is a function of (seed, step, position in the batch): a run that was killed goes on from its last
-checkpoint with the very losses that it would have had.
+checkpoint with the very losses that it would have had. With `max_minutes` the clock has a say as well.
 """
 
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -78,30 +79,45 @@ class Loop:
             folder / "checkpoints", processes, config.keep_checkpoints, config.async_checkpoints
         )
         self.state = training_state(self.parameters, self.optimizers, self.average)
-        self.step, self.num_skipped = 0, 0
+        self.step, self.num_skipped, minutes = 0, 0, 0.0
         if resume and self.checkpoints.steps():
             saved = self.checkpoints.load(self.state)
-            self.step, self.num_skipped = saved["step"], saved["num_skipped"]
+            self.step, self.num_skipped, minutes = saved["step"], saved["num_skipped"], saved["minutes"]
+        self.started = time.monotonic() - 60 * minutes
+        self.done = self.part_done()
         self.sums = Sums()
         if self.journal is not None:
             self.journal.rewind(self.step)
 
+    @property
+    def minutes(self) -> float:
+        """Time of training up to now, of interrupted parts up to their last checkpoint."""
+        return (time.monotonic() - self.started) / 60
+
+    def part_done(self) -> float:
+        """Part of the run that lies behind, 0 to 1 or a little more: of the steps or of the time, whichever is more."""
+        by_step = self.step / self.config.steps
+        if not self.config.max_minutes:
+            return by_step
+        clock = torch.tensor(self.minutes if self.processes.first else 0.0, dtype=torch.float64)
+        return max(by_step, self.processes.sum(clock.to(self.processes.device)).item() / self.config.max_minutes)
+
     def run(self) -> None:
-        """Train to the last step, and write the result.
+        """Train to the end, and write the result.
 
         Raises:
             ValueError: the loss is no longer finite, or too many pairs cannot be used.
             CheckpointError: a checkpoint could not be written.
         """
         config = self.config
-        if self.journal is not None:
-            self.journal.start(self.step, self.step * config.batch_size)
         process = (self.processes.rank, self.processes.count)
         data = batches(
             self.training.plan, config.micro_batch_size, self.step, config.steps, process, config.data.num_workers
         )
         try:
-            while self.step < config.steps:
+            if self.journal is not None:
+                self.journal.start(self.step, self.done)
+            while self.done < 1:
                 self.train_step(data)
                 self.after_step()
             self.save()
@@ -118,7 +134,9 @@ class Loop:
         config, modules = self.config, self.training.modules
         num_micro = config.batch_size // config.micro_batch_size
         own = num_micro // self.processes.count
-        set_learning_rates(self.optimizers, learning_rate_factor(self.step, config.steps, config.optimizer))
+        factor = learning_rate_factor(self.step, self.done, config.optimizer)
+        set_learning_rates(self.optimizers, factor)
+        self.learning_rate = factor * config.optimizer.lr
         for index in range(own):
             batch = next(data)
             assert batch.step == self.step, f"the data is at step {batch.step}, the loop at {self.step}"
@@ -143,12 +161,13 @@ class Loop:
         if self.average is not None:
             self.average.update(self.step)
         self.step += 1
+        self.done = self.part_done()
 
     def after_step(self) -> None:
         """Log, validate, sample and save where it is time."""
         config, step = self.config, self.step
         self.checkpoints.poll()
-        if step % config.log_every == 0 or step == config.steps:
+        if step % config.log_every == 0 or self.done >= 1:
             self.log(self.sums.means(self.processes.sum))
         if _due(step, config.validate_every):
             self.validate()
@@ -156,18 +175,13 @@ class Loop:
             with self.for_use():
                 self.training.sample(step, self.folder / "samples", self.journal)
             self.processes.barrier()
-        if _due(step, config.save_every) and step < config.steps:
+        if _due(step, config.save_every) and self.done < 1:
             self.save()
 
     def log(self, means: dict) -> None:
         """Write metrics; a loss that is not finite ends the run (the last checkpoint is still good)."""
-        factor = learning_rate_factor(self.step - 1, self.config.steps, self.config.optimizer)
         if self.journal is not None:
-            self.journal.write(
-                self.step,
-                self.step * self.config.batch_size,
-                {**means, "learning_rate": factor * self.config.optimizer.lr},
-            )
+            self.journal.write(self.step, self.done, {**means, "learning_rate": self.learning_rate})
         if not math.isfinite(means["loss"]):
             raise ValueError(
                 f"the loss of step {self.step} is {means['loss']}; resume from the last checkpoint with a lower "
@@ -177,7 +191,7 @@ class Loop:
     @torch.no_grad()
     def validate(self) -> None:
         """Metrics over the held-out pairs, shared out over the processes."""
-        plan, config, processes = self.training.held_out, self.config, self.processes
+        plan, processes = self.training.held_out, self.processes
         if plan is None:
             return
         sums = Sums()
@@ -191,11 +205,11 @@ class Loop:
                 sums.add(self.training.validate(batch), weight=float(index < num_micro) * len(batch.positions))
         means = {f"validation_{name}": value for name, value in sums.means(processes.sum).items()}
         if self.journal is not None:
-            self.journal.write(self.step, self.step * config.batch_size, means)
+            self.journal.write(self.step, self.done, means)
 
     def save(self) -> None:
         """Write a checkpoint of the steps done."""
-        self.checkpoints.save(self.step, self.state, {"num_skipped": self.num_skipped})
+        self.checkpoints.save(self.step, self.state, {"num_skipped": self.num_skipped, "minutes": self.minutes})
 
     @contextlib.contextmanager
     def for_use(self) -> Iterator[None]:

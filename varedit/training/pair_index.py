@@ -1,25 +1,29 @@
-"""Random access to the pairs of a folder or of packed shards: scanned once, then read by number in any order."""
+"""Random access to the pairs of a folder or of packed shards: scanned once, then read by number in any order.
+
+A folder and the shards packed from it give the same pairs in the same order, so that a run sees the same batches.
+"""
 
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from torch import Tensor
 
-from varedit.data.archives import PICTURE_SUFFIXES, tar_members
-from varedit.data.faults import READ_ERRORS, Encoded, FaultError, Picture, Skipped, Tally, texts_of
-from varedit.data.public_sets import json_lines
-from varedit.data.record import INDEX, Record
-from varedit.data.shards import is_packed
+from varedit.data.faults import Skipped, Tally, image_hw
+from varedit.data.features import read_features
+from varedit.data.readers import read
+from varedit.data.record import INDEX, Encoded, Picture, Record
+from varedit.data.shards import FEATURES, is_packed, picture_member, read_members, read_sample, samples
+from varedit.data.shards import INDEX as SHARD_INDEX
 
 logger = logging.getLogger(__name__)
 
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _NAMED = 20
+_SIDES = {"source": "src", "target": "tgt", "mask": "mask"}
 
 
 def scan(folder: Path, max_bad_fraction: float) -> tuple[list[dict[str, Any]], Tally]:
@@ -57,7 +61,8 @@ def scan(folder: Path, max_bad_fraction: float) -> tuple[list[dict[str, Any]], T
             f"data folder {str(folder)!r}: {tally.summary()}; repair it, or raise data.max_bad_fraction "
             f"above {tally.num_skipped / total:.3g}"
         )
-    return entries, tally
+    # Keys of samples are places in what was packed: across its shards, this is the order of the source again.
+    return sorted(entries, key=lambda entry: entry.get("key", "")), tally
 
 
 def read_entry(folder: Path, entry: dict[str, Any]) -> Record:
@@ -66,16 +71,27 @@ def read_entry(folder: Path, entry: dict[str, Any]) -> Record:
     Raises:
         OSError, ValueError: the files have changed since they were scanned.
     """
-    if "shard" not in entry:
-        pictures = folder / entry["source"], folder / entry["target"]
-        return Record(*pictures, tuple(entry["instructions"]), origin=entry["origin"])
+    pictures: dict[str, Picture | None]
+    if "shard" in entry:
+        with (folder / entry["shard"]).open("rb") as stream:
+            parts = read_members(stream, entry["members"])
+        pictures = {side: Encoded(data, f"{entry['origin']} {side}") for side, data in parts.items()}
+    else:
+        pictures = {side: folder / entry[side] for side in _SIDES if side in entry}
+    return Record(
+        pictures["source"], pictures["target"], tuple(entry["instructions"]), pictures.get("mask"),
+        origin=entry["origin"],
+    )  # fmt: skip
+
+
+def read_entry_features(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+    """The features stored beside a pair in its shard, see `data.features`. Raises OSError, ValueError."""
+    if "features" not in entry:
+        raise ValueError(f"{entry['origin']} has no {FEATURES}; pack the shards again")
+    offset, size = entry["features"]
     with (folder / entry["shard"]).open("rb") as stream:
-        parts = {}
-        for name, (offset, size) in entry["members"].items():
-            stream.seek(offset)
-            parts[name] = stream.read(size)
-    sides = [Encoded(parts[side], f"{entry['origin']} {side}") for side in ("src", "tgt")]
-    return Record(*sides, tuple(entry["instructions"]), origin=entry["origin"])  # type: ignore[arg-type]
+        stream.seek(offset)
+        return read_features(stream.read(size))
 
 
 def save_entries(entries: list[dict[str, Any]], path: Path) -> str:
@@ -93,99 +109,42 @@ def load_entries(path: Path) -> tuple[list[dict[str, Any]], str]:
     return json.loads(text), hashlib.sha256(text.encode()).hexdigest()
 
 
-def upright_hw(picture: Picture) -> tuple[int, int]:
-    """Height and width after the EXIF orientation is applied, from the header alone. Raises FaultError."""
-    try:
-        with Image.open(picture) as image:  # type: ignore[arg-type]
-            height, width = image.height, image.width
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
-    except FileNotFoundError as error:
-        raise FaultError("missing image", f"{picture} does not exist") from error
-    except READ_ERRORS as error:
-        raise FaultError("unreadable image", f"{picture} is no picture") from error
-    return (width, height) if turned else (height, width)
-
-
 def _scan_folder(folder: Path) -> Iterator[dict[str, Any] | Skipped]:
-    for item in json_lines(folder / INDEX):
+    for item in read(folder, "jsonl"):
         if isinstance(item, Skipped):
             yield item
             continue
-        origin, row = item
-        try:
-            names = [_inside(row.get(side)) for side in ("source", "target")]
-            instructions = texts_of(row.get("instructions"), "instructions")
-            hw = _common_hw(*(folder / name for name in names))
-        except FaultError as error:
-            yield Skipped(origin, error.fault, str(error))
-            continue
-        yield {
-            "source": names[0], "target": names[1], "instructions": list(instructions), "hw": list(hw),
-            "origin": origin,
-        }  # fmt: skip
-
-
-def _inside(name: Any) -> str:
-    """A path in the index; it must not reach files outside the folder."""
-    if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise FaultError("bad row", f"path {name!r} is not one inside the folder")
-    return name
-
-
-def _common_hw(source: Picture, target: Picture) -> tuple[int, int]:
-    hw, other = upright_hw(source), upright_hw(target)
-    if hw != other:
-        sizes = f"source {hw[1]} x {hw[0]}, target {other[1]} x {other[0]}"
-        raise FaultError("sizes differ", sizes)
-    return hw
+        places = {}
+        for side in _SIDES:
+            picture = getattr(item, side)
+            if isinstance(picture, Encoded):
+                raise ValueError(f"{picture} of {item.origin} lies in an archive: pack {folder} with varedit data pack")
+            if picture is not None:
+                places[side] = picture.relative_to(folder).as_posix()
+        yield _entry(item, places)
 
 
 def _scan_shards(folder: Path) -> Iterator[dict[str, Any] | Skipped]:
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    for shard in index["shards"]:
+    for shard in json.loads((folder / SHARD_INDEX).read_text(encoding="utf-8"))["shards"]:
         path = folder / shard["file"]
         if not path.exists():
-            yield Skipped(str(path.name), "missing shard", f"{shard['count']} pairs")
+            yield Skipped(path.name, "missing shard", f"{shard['count']} pairs")
             continue
         faults: list[Skipped] = []
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
         with path.open("rb") as stream:
-            for member in tar_members(stream, path.name, faults):
-                key, _, extension = member.name.partition(".")
-                samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
-        for key, members in samples.items():
-            yield _scan_sample(path, key, members)
+            for key, members in samples(path, stream, faults):
+                item = read_sample(path, key, read_members(stream, members))
+                if isinstance(item, Skipped):
+                    yield item
+                    continue
+                found = {side: picture_member(short, members) for side, short in _SIDES.items()}
+                places = {side: members[name] for side, name in found.items() if name is not None}
+                stored = {"features": members[FEATURES]} if FEATURES in members else {}
+                entry = _entry(item, {"shard": path.name, "key": key, "members": places, **stored})
+                yield entry | {"origin": f"{path.name} {key}"}
         yield from faults
 
 
-def _scan_sample(path: Path, key: str, members: dict[str, tuple[int, int]]) -> dict[str, Any] | Skipped:
-    origin = f"{path.name} {key}"
-    sides = {
-        name.partition(".")[0]: place
-        for name, place in members.items()
-        if name.startswith(("src.", "tgt.")) and name[3:] in PICTURE_SUFFIXES
-    }
-    try:
-        if len(sides) != 2:
-            raise FaultError("missing image", "a sample needs a src and a tgt picture")
-        with path.open("rb") as stream:
-
-            def member(place: tuple[int, int]) -> bytes:
-                stream.seek(place[0])
-                return stream.read(place[1])
-
-            hw = _common_hw(*(Encoded(member(sides[side]), f"{origin} {side}") for side in ("src", "tgt")))
-            if "json" in members:
-                instructions = texts_of(json.loads(member(members["json"]))["instructions"])
-            elif "txt" in members:
-                instructions = texts_of(member(members["txt"]))
-            else:
-                raise FaultError("bad row", "no txt")
-    except FaultError as error:
-        return Skipped(origin, error.fault, str(error))
-    except (ValueError, KeyError) as error:
-        return Skipped(origin, "bad row", f"json: {error}")
-    return {
-        "shard": path.name, "members": {side: list(place) for side, place in sides.items()},
-        "instructions": list(instructions), "hw": list(hw), "origin": origin,
-    }  # fmt: skip
+def _entry(record: Record, place: dict[str, Any]) -> dict[str, Any]:
+    hw = list(image_hw(record.source))
+    return {**place, "instructions": list(record.instructions), "hw": hw, "origin": record.origin}

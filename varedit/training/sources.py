@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from varedit import __version__
-from varedit.training.config import RunConfig
+from varedit.data.features import model_sha256, stored_facts
+from varedit.data.shards import is_packed
+from varedit.training.config import DataConfig, RunConfig
 from varedit.training.data import IndexedPairs, Pairs, WorldPairs, stream_seed
 from varedit.training.pair_index import load_entries, save_entries, scan
 from varedit.training.processes import Processes
@@ -19,13 +22,19 @@ logger = logging.getLogger(__name__)
 _INDEX, _FACTS = "pairs.index.json", "data.json"
 
 
-def open_pairs(config: RunConfig, processes: Processes, folder: Path) -> tuple[Pairs, Pairs | None]:
+def open_pairs(
+    config: RunConfig, processes: Processes, folder: Path, models: dict[str, nn.Module] | None = None
+) -> tuple[Pairs, Pairs | None]:
     """Pairs to train on and held-out pairs (None if the config wants none); writes `data.json` of the run.
 
     A folder is scanned once, by the first process; a resumed run reads the scan again.
 
+    Args:
+        models: the frozen "image_tokenizer" and "text_encoder" of the run, whose features are used where shards hold
+            them. None leaves stored features alone.
+
     Raises:
-        ValueError: the data cannot be used, or has changed since the run began.
+        ValueError: the data cannot be used, or has changed since the run began; stored features are of other models.
     """
     data = config.data
     facts: dict[str, Any] = {"source": data.source}
@@ -37,21 +46,24 @@ def open_pairs(config: RunConfig, processes: Processes, folder: Path) -> tuple[P
             facts[name] = _listing(Path(place)) if place else None
         facts["fingerprint"] = _digest([__version__, facts])
     else:
+        use_features = _has_features(Path(data.source), data, models)
         entries, facts["fingerprint"] = _entries(Path(data.source), folder / _INDEX, config, processes)
-        facts["pairs"] = len(entries)
+        facts |= {"pairs": len(entries), "stored_features": use_features}
         order = np.random.default_rng(stream_seed("held out", config.seed)).permutation(len(entries))
         count = 0 if data.validation else min(data.validation_count, len(entries) // 2)
         if not data.validation and count < data.validation_count:
             logger.warning("of %d pairs only %d are held out for validation", len(entries), count)
         kept = sorted(order[count:])
-        pairs = IndexedPairs(Path(data.source), [entries[i] for i in kept], data, config.seed)
+        pairs = IndexedPairs(Path(data.source), [entries[i] for i in kept], data, config.seed, use_features)
         held = [entries[i] for i in sorted(order[:count])]
-        held_out = IndexedPairs(Path(data.source), held, data, config.seed) if held else None
+        held_out = IndexedPairs(Path(data.source), held, data, config.seed, use_features) if held else None
     if data.validation and data.validation_count:
+        use_features = _has_features(Path(data.validation), data, models)
         entries, facts["validation_fingerprint"] = _entries(
             Path(data.validation), folder / f"validation.{_INDEX}", config, processes
         )
-        held_out = IndexedPairs(Path(data.validation), entries[: data.validation_count], data, config.seed)
+        held = entries[: data.validation_count]
+        held_out = IndexedPairs(Path(data.validation), held, data, config.seed, use_features)
     if processes.first:
         _write_facts(folder / _FACTS, facts)
     return pairs, held_out
@@ -65,6 +77,27 @@ def _entries(source: Path, index: Path, config: RunConfig, processes: Processes)
         save_entries(entries, index)
     processes.barrier()
     return load_entries(index)
+
+
+def _has_features(folder: Path, data: DataConfig, models: dict[str, nn.Module] | None) -> bool:
+    """True where the shards hold features of these very models. Raises ValueError where they are others'."""
+    stored = stored_facts(folder) if models is not None and is_packed(folder) else None
+    if stored is None or models is None:
+        return False
+    for name, module in models.items():
+        used = model_sha256(module)
+        if stored[name] != used:
+            raise ValueError(
+                f"the features in {str(folder)!r} are of the {name} {stored[name][:12]} (of {stored['model']!r}), this "
+                f"run's is {used[:12]}; pack again with --features of this run's model, or without"
+            )
+    missing = [size for size in data.sizes if size not in stored["sizes"]]
+    if missing or stored["fit"] != data.fit:
+        raise ValueError(
+            f"the features in {str(folder)!r} are for sizes {stored['sizes']} and fit {stored['fit']}, this run has "
+            f"{list(data.sizes)} and {data.fit}; pack again for these, or without --features"
+        )
+    return True
 
 
 def _write_facts(path: Path, facts: dict[str, Any]) -> None:

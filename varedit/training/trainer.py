@@ -11,21 +11,20 @@ from pathlib import Path
 
 import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForTextEncoding, AutoTokenizer
 
+from varedit.data.features import load_image_tokenizer, load_text_encoder
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
-from varedit.lora import add_lora, save_lora
+from varedit.lora import add_lora, quantize_blocks, save_lora
 from varedit.pipeline import VAREditPipeline
 from varedit.quantizer import TeacherForcing, patchify, resize_area, teacher_forcing
 from varedit.scales import NUM_SCALES, ScaleSchedule
 from varedit.text import encode_prompts, pad_text
 from varedit.training.config import EditorConfig, transformer_arguments
-from varedit.training.data import HeldOut, MicroBatch, Plan, choose_instructions, stream_seed
+from varedit.training.data import HeldOut, MicroBatch, Plan, choose_phrasings, stream_seed
 from varedit.training.journal import Journal
-from varedit.training.objective import bit_accuracy, bit_losses, token_weights
+from varedit.training.objective import bit_accuracy, bit_losses, edit_weights, objective
 from varedit.training.pictures import contact_sheet
 from varedit.training.processes import Processes, is_sharded, shard_transformer, whole
 from varedit.training.sources import open_pairs
@@ -52,7 +51,9 @@ class EditorTraining:
 
     def __init__(self, config: EditorConfig, processes: Processes, folder: Path) -> None:
         self.config, self.processes = config, processes
-        self.image_tokenizer = _load_tokenizer(config).requires_grad_(False).eval().to(processes.device)
+        source = config.image_tokenizer or config.start
+        assert source is not None, "checked with the config"
+        self.image_tokenizer = load_image_tokenizer(source).to(processes.device)
         self.transformer = new_transformer(config)
         _check_sizes(config, self.transformer, self.image_tokenizer)
         self.text = TextStates(config, processes, self.transformer.config.max_text_tokens)
@@ -61,7 +62,8 @@ class EditorTraining:
                 f"the text encoder has width {self.text.encoder.config.hidden_size}, the transformer takes "
                 f"{self.transformer.config.text_features}; give the encoder that it was made for as text_encoder"
             )
-        pairs, held_out = open_pairs(config, processes, folder)
+        frozen = {"image_tokenizer": self.image_tokenizer, "text_encoder": self.text.encoder}
+        pairs, held_out = open_pairs(config, processes, folder, frozen)
         self.plan = Plan(pairs, config.steps, config.batch_size, config.seed)
         self.held_out = (
             HeldOut(held_out, config.data.validation_count, config.micro_batch_size, config.seed) if held_out else None
@@ -69,7 +71,7 @@ class EditorTraining:
         self.transformer.to(processes.device).train()
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
-            _compile_blocks(self.transformer)
+            compile_blocks(self.transformer)
         if config.sharding == "fsdp":
             shard_transformer(self.transformer, processes, config.precision == "bfloat16")
         self.modules: dict[str, nn.Module] = {"transformer": self.transformer}
@@ -81,7 +83,7 @@ class EditorTraining:
         config = self.config
         source_BChw, target_BChw = self._features(batch)
         forced = self._teacher_forcing(target_BChw, batch)
-        text_BTF, text_mask_BT = self.text(choose_instructions(batch, config.seed))
+        text_BTF, text_mask_BT = self._text(batch, choose_phrasings(batch, config.seed))
         drop_text_B = torch.tensor(
             [
                 random.Random(stream_seed("drop", config.seed, batch.step, position)).random() < config.drop_text
@@ -90,19 +92,19 @@ class EditorTraining:
             device=source_BChw.device,
         )
         logits_BLC2 = self._logits(batch.schedule, forced, source_BChw, text_BTF, text_mask_BT, drop_text_B)
-        loss = self._objective(logits_BLC2, forced.bits_BLC, batch.schedule)
+        loss = self._objective(logits_BLC2, forced.bits_BLC, batch.schedule, batch.mask_BHW)
         accuracy = bit_accuracy(logits_BLC2.detach(), forced.bits_BLC, batch.schedule)
         return loss, {"accuracy": accuracy}
 
     def validate(self, batch: MicroBatch) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-        """Loss and bit accuracy without flips; at the finest scale also apart for changed and unchanged tokens.
+        """The paper's loss and bit accuracy, no flips; at the finest scale also apart for changed and unchanged tokens.
 
         Copying the source alone gives 80 to 90 % accuracy: the changed tokens tell whether anything is edited.
         """
         source_BChw, target_BChw = self._features(batch)
         patch_size, schedule = self.image_tokenizer.config.patch_size, batch.schedule
         forced = teacher_forcing(target_BChw, schedule, patch_size)
-        text_BTF, text_mask_BT = self.text([texts[0] for texts in batch.instructions])
+        text_BTF, text_mask_BT = self._text(batch, [0] * len(batch.positions))
         logits_BLC2 = self._logits(schedule, forced, source_BChw, text_BTF, text_mask_BT, None)
         difference = (batch.source_B3HW - batch.target_B3HW).abs().mean(1, keepdim=True) / 2
         changed_Bl = resize_area(difference, schedule.finest).flatten(1).to(logits_BLC2.device) > _CHANGED
@@ -122,10 +124,21 @@ class EditorTraining:
 
         Always encoded in float32: rounding flips the bits of features near zero.
         """
-        images = torch.cat([batch.source_B3HW, batch.target_B3HW]).to(self.processes.device)
-        source, target = self.image_tokenizer.encode(images).chunk(2)
+        device = self.processes.device
+        if batch.features:
+            source = torch.stack([stored.source_dhw for stored in batch.features]).to(device)
+            target = torch.stack([stored.target_dhw for stored in batch.features]).to(device)
+        else:
+            images = torch.cat([batch.source_B3HW, batch.target_B3HW]).to(device)
+            source, target = self.image_tokenizer.encode(images).chunk(2)
         tokens_BSC = patchify(source, self.image_tokenizer.config.patch_size)
         return tokens_BSC.transpose(1, 2).unflatten(2, batch.schedule.finest), target
+
+    def _text(self, batch: MicroBatch, phrasings: list[int]) -> tuple[Tensor, Tensor]:
+        """States (B, T, F) of one phrasing of each pair, and their mask (B, T)."""
+        if batch.features:
+            return self.text.pad([stored.text_TF[number] for stored, number in zip(batch.features, phrasings)])
+        return self.text([texts[number] for texts, number in zip(batch.instructions, phrasings)])
 
     def _teacher_forcing(self, target_BChw: Tensor, batch: MicroBatch) -> TeacherForcing:
         """Inputs and labels, each pair with flips of its own, a function of (seed, step, position)."""
@@ -155,11 +168,15 @@ class EditorTraining:
                 drop_text_B=drop_text_B,
             )
 
-    def _objective(self, logits_BLC2: Tensor, bits_BLC: Tensor, schedule: ScaleSchedule) -> Tensor:
-        losses_BL = bit_losses(logits_BLC2, bits_BLC).mean(-1)
+    def _objective(
+        self, logits_BLC2: Tensor, bits_BLC: Tensor, schedule: ScaleSchedule, mask_BHW: Tensor | None = None
+    ) -> Tensor:
         if self.config.scale_weights == "equal":
-            return losses_BL.mean()
-        return (losses_BL * token_weights(schedule, losses_BL.device)).sum(1).mean()
+            return bit_losses(logits_BLC2, bits_BLC).mean()
+        if mask_BHW is None or self.config.edit_weight == 1:
+            return objective(logits_BLC2, bits_BLC, schedule)
+        weights_BL = edit_weights(mask_BHW.to(logits_BLC2.device), schedule, self.config.edit_weight)
+        return objective(logits_BLC2, bits_BLC, schedule, weights_BL)
 
     # -- what comes out --
 
@@ -242,7 +259,7 @@ class TextStates:
         assert source is not None, "checked with the config"
         dtype = torch.float32 if processes.device.type == "cpu" else torch.bfloat16
         self.tokenizer, self.encoder = load_text_encoder(source, dtype)
-        self.encoder.requires_grad_(False).eval().to(processes.device)
+        self.encoder.to(processes.device)
         self.max_tokens, self.batch_size, self.device = max_tokens, config.text_batch_size, processes.device
         self._remembered: OrderedDict[str, Tensor] = OrderedDict()
         self._warned = False
@@ -256,10 +273,14 @@ class TextStates:
             states = encode_prompts(prompts, self.tokenizer, self.encoder, 1 << 30, self.batch_size)
         else:
             states = [self._alone(prompt) for prompt in prompts]
+        return self.pad(states)
+
+    def pad(self, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same from states (T, F) of whole instructions."""
         if any(len(state) > self.max_tokens for state in states) and not self._warned:
             self._warned = True
             logger.warning("an instruction has more than %d tokens; such ones are cut off there", self.max_tokens)
-        return pad_text([state[: self.max_tokens] for state in states])
+        return pad_text([state[: self.max_tokens].to(self.device) for state in states])
 
     def _alone(self, prompt: str) -> Tensor:
         if prompt not in self._remembered:
@@ -279,9 +300,12 @@ def new_transformer(config: EditorConfig) -> VAREditTransformer:
         transformer = VAREditTransformer(**transformer_arguments(config))
         transformer.initialize()
         return transformer
-    dtype = getattr(torch, config.frozen_dtype) if config.lora else torch.float32
-    _quiet()
-    transformer = _from_folder(VAREditTransformer, config.start, "transformer", dtype=dtype)
+    dtype = torch.bfloat16 if config.lora and config.frozen_dtype != "float32" else torch.float32
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        transformer = VAREditTransformer.from_pretrained(config.start, subfolder="transformer", dtype=dtype)
+    except OSError as error:
+        raise ValueError(f"no transformer in {config.start!r}: {str(error).strip().splitlines()[0]}") from error
     _check_preset(config, transformer)
     if config.transformer:
         arguments = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
@@ -290,46 +314,13 @@ def new_transformer(config: EditorConfig) -> VAREditTransformer:
         other.load_state_dict(transformer.state_dict(), assign=True)
         transformer = other
     if config.lora is not None:
+        if config.frozen_dtype == "nf4":
+            quantize_blocks(transformer)
         adapt(transformer, config)
     return transformer
 
 
-def load_text_encoder(source: str, dtype: torch.dtype) -> tuple:
-    """Tokenizer and text encoder of a model folder, or of a folder or hub name of an encoder. Raises ValueError."""
-    _quiet()
-    places = [(source, source)]
-    if Path(source, "model_index.json").is_file():
-        places = [(str(Path(source, "tokenizer")), str(Path(source, "text_encoder")))]
-    for tokenizer_place, place in places:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_place)
-            encoder, loading = AutoModelForTextEncoding.from_pretrained(place, dtype=dtype, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"text encoder {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
-            ) from error
-    wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
-    if wrong:
-        raise ValueError(f"text encoder {source!r} lacks {', '.join(map(str, wrong[:5]))}; fetch it again")
-    return tokenizer, encoder
-
-
-def _load_tokenizer(config: EditorConfig) -> VAREditImageTokenizer:
-    source = config.image_tokenizer or config.start
-    assert source is not None, "checked with the config"
-    inside = Path(source, "model_index.json").is_file()
-    return _from_folder(VAREditImageTokenizer, source, "image_tokenizer" if inside else None, dtype=torch.float32)
-
-
-def _from_folder(kind: type, source: str, subfolder: str | None, **options):
-    try:
-        return kind.from_pretrained(source, subfolder=subfolder, **options)
-    except OSError as error:
-        where = f"{source}/{subfolder}" if subfolder else source
-        raise ValueError(f"no {kind.__name__} in {where!r}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _compile_blocks(transformer: VAREditTransformer) -> None:
+def compile_blocks(transformer: VAREditTransformer) -> None:
     """Compile the blocks for training; those with scale-aligned reference, one as a rule, stay as they are."""
     eager, compiled = transformer._masked_block, torch.compile(transformer._masked_block)
 
@@ -369,8 +360,3 @@ def _check_sizes(config: EditorConfig, transformer: VAREditTransformer, tokenize
                 f"config field data.sizes has {size}, which takes {NUM_SCALES[size]} scales; the transformer has "
                 f"num_levels {transformer.config.num_levels}"
             )
-
-
-def _quiet() -> None:
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

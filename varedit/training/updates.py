@@ -87,14 +87,17 @@ def build_optimizers(modules: Mapping[str, nn.Module], config: OptimizerConfig) 
     return optimizers
 
 
-def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, then constant, then the decay."""
+def learning_rate_factor(step: int, done: float, config: OptimizerConfig) -> float:
+    """Share of the peak learning rate: linear warm-up, then constant, then the decay.
+
+    Args:
+        step: from 0. done: part of the run that lies behind, 0 to 1.
+    """
     if step < config.warm_up:
         return (step + 1) / config.warm_up
-    length = config.decay_fraction * steps
-    if config.decay == "constant" or length == 0:
+    if config.decay == "constant" or config.decay_fraction == 0:
         return 1.0
-    left = min(1.0, (steps - step) / length)
+    left = min(1.0, (1 - done) / config.decay_fraction)
     shape = left if config.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
     return config.final_factor + (1 - config.final_factor) * shape
 

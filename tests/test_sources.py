@@ -1,0 +1,96 @@
+"""The data of a run: a function of seed and step, gone through evenly, and what is unusable named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_runs import CPU, SHAPES
+
+from varedit.scales import nearest_schedule
+from varedit.training.data import MicroBatches, Plan
+from varedit.training.sources import open_pairs
+
+pytest_plugins = ["training_runs"]
+
+
+def test_a_batch_is_a_function_of_seed_and_step(editor_config, tmp_path):
+    pairs, _ = open_pairs(editor_config("data.source=world"), CPU, tmp_path)
+    long, short = (Plan(pairs, steps, 4, seed=3) for steps in (50, 20))
+    assert [long.schedule(step) for step in range(20)] == [short.schedule(step) for step in range(20)]
+    assert len({long.schedule(step) for step in range(50)}) > 3
+    whole, halves = MicroBatches(long, 4)[5], [MicroBatches(short, 2)[number] for number in (10, 11)]
+    assert torch.equal(whole.target_B3HW, torch.cat([half.target_B3HW for half in halves]))
+    assert whole.positions == halves[0].positions + halves[1].positions and whole.step == halves[1].step == 5
+
+
+def test_a_folder_is_gone_through_evenly_in_buckets_of_its_own_shapes(editor_config, tmp_path):
+    found, held_out = open_pairs(editor_config("data.sizes={128: 3, 256: 1}", "steps=400"), CPU, tmp_path)
+    assert held_out is None
+    plan = Plan(found, 400, 2, seed=0)
+    seen = {size: np.zeros(len(SHAPES), int) for size in (128, 256)}
+    for step in range(400):
+        schedule = plan.schedule(step)
+        numbers = plan.numbers(step, range(2))
+        assert {nearest_schedule(schedule.size, *SHAPES[number]) for number in numbers} == {schedule}
+        np.add.at(seen[schedule.size], numbers, 1)
+    assert 2 < seen[128].sum() / seen[256].sum() < 4.5
+    assert seen[128].min() > 0.6 * seen[128].mean()
+
+
+def test_held_out_pairs_are_not_trained_on(editor_config, tmp_path):
+    found, held_out = open_pairs(editor_config("data.validation_count=2"), CPU, tmp_path)
+    origins = [[entry["origin"] for entry in part.entries] for part in (found, held_out)]
+    assert [len(part) for part in origins] == [4, 2] and not set(origins[0]) & set(origins[1])
+
+
+def test_bad_pairs_are_skipped_counted_and_named(editor_config, tmp_path, pairs_folder, caplog):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    lines = (pairs_folder / "pairs.jsonl").read_bytes().splitlines()
+    (folder / "images").symlink_to(pairs_folder / "images")
+    Image.new("RGB", (8, 8)).save(folder / "small.png")
+    bad = json.loads(lines[0]) | {"target": "small.png"}
+    gone = json.loads(lines[0]) | {"source": "gone.png"}
+    outside = json.loads(lines[0]) | {"source": "../config.yaml"}
+    extra = [json.dumps(row).encode() for row in (bad, gone, outside)] + [b'{"instructions": "\xff"}']
+    (folder / "pairs.jsonl").write_bytes(b"\n".join([*lines, *extra]))
+    with pytest.raises(ValueError, match=r"6 pairs, 4 skipped.*max_bad_fraction above 0\.4"):
+        open_pairs(editor_config(f"data.source={folder}"), CPU, tmp_path / "refused")
+    found, _ = open_pairs(editor_config(f"data.source={folder}", "data.max_bad_fraction=0.5"), CPU, tmp_path)
+    assert len(found.entries) == len(SHAPES)
+    for words in ("line 7: sizes differ", "line 8: missing image", "line 9: bad row", "line 10: not UTF-8"):
+        assert words in caplog.text
+
+
+def copy_of(pairs: Path, folder: Path) -> Path:
+    (folder / "images").mkdir(parents=True)
+    (folder / "pairs.jsonl").write_bytes((pairs / "pairs.jsonl").read_bytes())
+    for path in (pairs / "images").iterdir():
+        (folder / "images" / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_picture_that_goes_bad_later_is_replaced(editor_config, tmp_path, pairs_folder):
+    folder = copy_of(pairs_folder, tmp_path / "pairs")
+    found, _ = open_pairs(editor_config(f"data.source={folder}"), CPU, tmp_path)
+    broken = folder / "images/0000001_target.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    plan = Plan(found, 40, 3, seed=0)
+    step = next(step for step in range(40) if 1 in plan.numbers(step, range(3)))
+    batch = MicroBatches(plan, 3)[step]
+    assert len(batch.skipped) == 1 and "line 2" in batch.skipped[0]
+    assert len(batch.target_B3HW) == 3 and not batch.error
+
+
+def test_data_that_changed_is_not_resumed(editor_config, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "index.jsonl").write_text("")
+    settings = editor_config("data.source=world", f"data.photos={photos}")
+    open_pairs(settings, CPU, tmp_path)
+    (photos / "more.jpg").write_bytes(b"more")
+    with pytest.raises(ValueError, match="has changed"):
+        open_pairs(settings, CPU, tmp_path)
