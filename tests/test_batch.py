@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
-from varedit.editing.batch import RESULTS, BatchOptions, prepare_output, read_results, run_batch
+from varedit.cli import batch as command
+from varedit.editing.batch import RESULTS, BatchOptions, Worker, prepare_output, read_results, run_batch
 from varedit.editing.edit import Settings, apply_edit
 from varedit.editing.jobs import Job, group_jobs, read_jobs
 from varedit.editing.manifest import make_manifest, read_manifest, save_with_manifest
 from varedit.editing.mask import image_mask
+from varedit.editing.ray_batch import processors_each
 from varedit.image_processor import load_image
 from varedit.pipeline import load_pipeline
 from varedit.testing import tiny_pipeline
@@ -28,19 +32,9 @@ from varedit.testing import tiny_pipeline
 SHAPES = {"wide": (90, 60), "square": (64, 64), "other": (92, 60), "tall": (60, 90)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder)
-    return str(folder)
+def model(model_folder):
+    return str(model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +78,14 @@ def singles(jobs, model, tmp_path_factory):
             result = apply_edit(pipeline, source, job.instruction, seed=job.seed, mask=mask)
             name = job.mask.name if job.mask else None
             manifest = make_manifest(result, pipeline, input_name=job.image.name, mask_name=name)
-            save_with_manifest(result.image, folder / job.output, manifest, source)
+            save_with_manifest(result.pixels, folder / job.output, manifest, source)
     return files_below(folder)
 
 
 @pytest.fixture
 def options(model):
-    return BatchOptions(model, "cpu")
+    """With as many threads as the single edits."""
+    return BatchOptions(model, "cpu", num_threads=torch.get_num_threads())
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +147,7 @@ def test_a_folder_is_its_pictures(pictures):
         ("a.jsonl", '{"image": "a.png", "instruction": "x", "output": "../b.png"}', r"\.\./b.png"),
         ("a.jsonl", '{"image": "a.png", "instruction": "x", "output": "/b.png"}', "/b.png"),
         ("a.jsonl", '{"image": "a.png", "instruction": "x", "output": "b.gif"}', "b.gif"),
-        ("a.jsonl", '{"image": "a.png", "instruction": "x"}\n' * 2, "lines 1 and 2 would both write"),
+        ("a.jsonl", '{"image": "a.png", "instruction": "x"}\n' * 2, r"lines 1 and 2 \(a.png, a.png\) would both"),
         ("a.jsonl", "\n", "nothing to do"),
         ("a.csv", "picture,instruction\na.png,x", "no column 'image'"),
         ("a.csv", "image,instruction\na.png,x,y", "line 2 has more cells"),
@@ -175,6 +170,13 @@ def test_lists_that_are_not_there(tmp_path):
         read_jobs(tmp_path)
     with pytest.raises(ValueError, match="nothing to do"):
         read_jobs(tmp_path, instruction="blur")
+
+
+def test_jobs_are_the_same_in_any_folder(jobs, pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    assert read_jobs(Path("jobs.jsonl"), seed=8) == jobs
+    monkeypatch.chdir(pictures.parent)
+    assert read_jobs(Path(pictures.name) / "jobs.jsonl", seed=8) == jobs
 
 
 def test_one_shape_in_a_row(jobs):
@@ -252,6 +254,51 @@ def test_what_is_there_is_kept(finished, jobs, options, tmp_path, model):
         prepare_output(tmp_path / "out", jobs, options, resume=True)
 
 
+def test_a_batch_that_replaces_can_be_resumed(finished, jobs, singles, options, tmp_path):
+    """Killed with --overwrite among older files, it goes on with both options."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    options = replace(options, overwrite=True)
+    older = [replace(job, instruction="sharpen") for job in jobs]
+    run_batch(prepare_output(folder, older, options)[:3], folder, options)
+    todo = prepare_output(folder, jobs, options, resume=True)
+    assert len(todo) == len(jobs)  # the record is of another instruction
+    with pytest.raises(ValueError, match="exists already"):
+        prepare_output(folder, jobs, replace(options, overwrite=False), resume=True)
+    run_batch(todo, folder, options)
+    assert files_below(folder) == singles
+    assert [job.image.stem for job in prepare_output(folder, jobs, options, resume=True)] == ["missing", "broken"]
+
+
+def test_inputs_and_side_files_are_never_outputs(jobs, pictures, options, tmp_path):
+    for name in ("wide.png", "mask.png"):
+        with pytest.raises(ValueError, match=f"{name}' is an input"):
+            prepare_output(pictures, [*jobs[1:], replace(jobs[0], output=name)], replace(options, overwrite=True))
+    assert not (pictures / RESULTS).exists()
+    (tmp_path / "wide.tiff.varedit.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"wide\.tiff\.varedit\.json' exists"):
+        prepare_output(tmp_path, [replace(jobs[0], output="wide.tiff")], options)
+    assert prepare_output(tmp_path, [replace(jobs[0], output="wide.png")], options)  # its manifest is inside
+
+
+def test_bad_masks_fail_by_themselves(jobs, pictures, options, tmp_path):
+    Image.new("L", SHAPES["wide"]).save(tmp_path / "empty.png")
+    masks = [pictures / "mask.png", tmp_path / "empty.png", tmp_path / "none.png", pictures / "broken.jpg", None]
+    todo = [replace(jobs[0], line=n, mask=mask, output=f"{n}.png") for n, mask in enumerate(masks)]
+    (tmp_path / "out").mkdir()
+    records = run_batch(todo, tmp_path / "out", options)
+    errors = {record["line"]: record["error"] for record in records}
+    for line, named in enumerate(["another aspect ratio", "the mask is empty", "none.png", "broken.jpg"]):
+        assert named in errors[line] and "\n" not in errors[line]
+    assert errors[4] is None and list(files_below(tmp_path / "out")) == ["4.png"]
+
+
+def test_what_nobody_foresaw_fails_by_itself(jobs, options, tmp_path):
+    records = run_batch([replace(jobs[0], output=None), jobs[3]], tmp_path, options)
+    assert [record["status"] for record in sorted(records, key=lambda record: record["line"])] == ["failed", "ok"]
+    assert "TypeError: " in next(record["error"] for record in records if record["status"] == "failed")
+
+
 def test_another_instruction_is_another_job(finished, jobs, options):
     changed = [replace(jobs[0], instruction="sharpen")]
     with pytest.raises(ValueError, match="exists already"):  # the file is the other job's
@@ -259,20 +306,60 @@ def test_another_instruction_is_another_job(finished, jobs, options):
 
 
 def test_impossible_options_are_refused():
-    for name in ("batch_size", "num_workers"):
+    for name in ("batch_size", "num_workers", "num_threads"):
         with pytest.raises(ValueError, match=name):
             BatchOptions(**{name: 0})
+
+
+def test_processes_take_the_threads_they_are_told(options, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        Worker(tmp_path, replace(options, num_threads=before + 2))
+        assert torch.get_num_threads() == before + 2
+        Worker(tmp_path, replace(options, num_threads=None, num_workers=2))
+        assert torch.get_num_threads() == (before + 2) // 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- the command
+
+
+def test_the_command_tells_how_far_it_is(pictures, model, singles, varedit, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "NEWS_SECONDS", 0)
+    arguments = ["batch", pictures / "jobs.jsonl", "-o", tmp_path / "out", "--seed=8", "--model", model, "--device=cpu"]
+    ran = varedit(*arguments)
+    assert ran.code == command.SOME_FAILED and "4 edited, 2 failed" in ran.out
+    lines = ran.err.splitlines()
+    assert [line.split(",")[0] for line in lines if "left" in line] == [f"{done} of 6" for done in range(1, 7)]
+    assert lines[-1].endswith("0:00:00 left") and sum(line.startswith("failed: line ") for line in lines) == 2
+    assert files_below(tmp_path / "out") == singles
+    varedit(*arguments).assert_refused("results.jsonl", "--resume")
+    assert "0 edited, 2 failed, 4 were done before" in varedit(*arguments, "--resume").out
+
+
+def test_time_left_is_that_of_the_mean_so_far():
+    assert command._time_left(30, 1, 4) == "0:01:30 left"
+    assert command._time_left(7200, 1, 25) == "2 days, 0:00:00 left"
+
+
+def test_the_pictures_own_folder_is_not_written_to(pictures, varedit):
+    before = files_below(pictures)
+    varedit("batch", pictures, "-o", pictures / ".", "--instruction=x", "--overwrite").assert_refused("name another")
+    assert files_below(pictures) == before
 
 
 # -- death in the middle
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_killed_in_the_middle_and_resumed(workers, jobs, pictures, model, singles, options, tmp_path):
     out = tmp_path / "out"
     command = ["batch", pictures / "jobs.jsonl", "-o", out, "--seed=8", "--model", model, "--device=cpu"]
     code = "import sys; from varedit.cli import main; main(sys.argv[1:])"
     arguments = [sys.executable, "-c", code, *map(str, command), f"--workers={workers}"]
+    arguments.append(f"--threads={torch.get_num_threads()}")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not ((out / RESULTS).exists() and b'"ok"' in (out / RESULTS).read_bytes()):
         time.sleep(0.005)
@@ -299,6 +386,42 @@ def test_workers_give_the_same_files(jobs, singles, options, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_costs_nothing(jobs, singles, options, tmp_path):
+    killed = []
+
+    def kill_one(record):
+        if record["status"] == "ok" and not killed:
+            killed.append(next(p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())))
+            killed[0].kill()
+
+    options = replace(options, num_workers=2)
+    records = run_batch(prepare_output(tmp_path, jobs, options), tmp_path, options, on_result=kill_one)
+    assert killed and sorted(record["output"] for record in records) == sorted(job.output for job in jobs)
+    assert files_below(tmp_path) == singles
+
+
+@pytest.mark.slow
+def test_workers_that_always_die_end_the_batch(jobs, options, tmp_path):
+    ended = threading.Event()
+
+    def kill_all():
+        while not ended.wait(0.05):
+            for process in psutil.Process().children():
+                if "spawn_main" in " ".join(process.cmdline()):
+                    process.kill()
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        with pytest.raises(ValueError, match="worker processes die"):
+            run_batch(jobs[:3], tmp_path, replace(options, num_workers=2))
+    finally:
+        ended.set()
+        killer.join()
+    assert (tmp_path / RESULTS).read_bytes() == b"" and files_below(tmp_path) == {}
+
+
+@pytest.mark.slow
 def test_workers_without_a_model_say_why(jobs, options, tmp_path):
     options = replace(options, num_workers=2, model=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
@@ -314,6 +437,13 @@ def test_without_ray_one_line_says_so():
 
     with pytest.raises(ValueError, match="pip install"):
         require_ray()
+
+
+def test_processors_are_shared_out():
+    assert [processors_each([2], count) for count in (1, 2, 4, 5)] == [2, 1, 1 / 2, 1 / 3]
+    assert [processors_each([16, 4], count) for count in (1, 2, 3)] == [16, 8, 5]
+    assert processors_each([4, 4, 4, 4], 2) == 4  # an actor lies on one machine
+    assert processors_each([1], 49) == 1 / 49 and processors_each([], 3) == 1
 
 
 @pytest.mark.slow

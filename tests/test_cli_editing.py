@@ -1,53 +1,20 @@
-"""varedit batch, session and replay, run in process on a tiny model folder."""
+"""varedit edit with a mask, batch, session and replay, run in process on a tiny model folder."""
 
 import json
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from varedit.cli import main
+from varedit.editing.manifest import read_manifest
 from varedit.image_processor import load_image
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def varedit(capsys):
-    """Run the command: varedit("batch", ...) -> exit code, stdout, stderr."""
-
-    def run(*arguments) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return Ran(ended.value.code, out, err)
-
-    return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+from varedit.image_writer import encode_image
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from varedit.testing import tiny_pipeline
-
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder)
-    return ["--model", folder, "--device=cpu"]
+def model(model_folder):
+    return ["--model", model_folder, "--device=cpu"]
 
 
 @pytest.fixture
@@ -57,13 +24,71 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
-def assert_refused(ran: Ran, *mentioned: str) -> None:
-    """Exit code 2 and one line that names what was wrong (notes may stand before it)."""
-    assert ran.code == 2
-    lines = [line for line in ran.err.splitlines() if not line.startswith("note: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), ran.err
-    for text in mentioned:
-        assert text in lines[0]
+# -- edit
+
+
+def test_an_edit_with_a_box_says_what_it_did_and_is_replayed(varedit, model, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8)
+    Image.fromarray(values).save(tmp_path / "large.png")
+    box = "--box=100,100,40,30"
+    edit = ["edit", tmp_path / "large.png", "blur", "--seed=3", "--preserve=off", *model]
+    ran = varedit(*edit, box, "--mask-margin=6")
+    assert ran.code == 0 and re.search(r"edited by itself: the \d+ x \d+ pixels at \d+,\d+", ran.out), ran.err
+    edited = np.asarray(load_image(tmp_path / "large.edited.png").rgb)
+    inside = np.zeros((600, 900), bool)
+    inside[94:136, 94:146] = True
+    assert np.array_equal(edited[~inside], values[~inside]) and (edited != values)[94:100, 94:146].any()
+    ran = varedit("replay", tmp_path / "large.edited.png", *model)
+    assert ran.code == 0 and "bit for bit" in ran.out
+    ran = varedit(*edit, box, "-o", tmp_path / "whole.png", "--crop=off", "--lock=two-pass")
+    assert ran.code == 0 and "by itself" not in ran.out
+    manifest = read_manifest(tmp_path / "whole.png")
+    assert (manifest.settings.crop, manifest.settings.lock) == ("off", "two-pass")
+
+
+def test_without_a_manifest_there_is_none(varedit, model, photo, tmp_path):
+    for name in ("a.png", "a.tiff"):
+        assert varedit("edit", photo, "blur", "--seed=3", "-o", tmp_path / name, "--no-manifest", *model).code == 0
+        varedit("replay", tmp_path / name, *model).assert_refused("no manifest")
+    assert not (tmp_path / "a.tiff.varedit.json").exists()
+
+
+def test_16_bits_stay_or_are_said_to_go(varedit, model, tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (60, 90, 3), np.uint16)
+    (tmp_path / "deep.tiff").write_bytes(encode_image(values, "tiff"))
+    edit = ["edit", tmp_path / "deep.tiff", "blur", "--seed=3", "--box=10,10,30,30", *model]
+    ran = varedit(*edit)
+    assert ran.code == 0 and "note:" not in ran.err
+    deep = load_image(tmp_path / "deep.edited.tiff").rgb16_HW3
+    assert np.array_equal(deep[:, 40:], values[:, 40:])
+    ran = varedit(*edit, "-o", tmp_path / "shallow.jpg")
+    assert ran.code == 0 and "note: JPEG holds 8 bits a channel" in ran.err
+    for name in ("deep.edited.tiff", "shallow.jpg"):
+        assert varedit("replay", tmp_path / name, *model).code == 0
+
+
+def test_edit_refuses_before_the_model_is_loaded(varedit, photo, tmp_path):
+    edit = ["edit", photo, "blur", "--model", "/nowhere"]
+    Image.new("L", (60, 90), 255).save(tmp_path / "tall.png")
+    Image.new("L", (90, 60)).save(tmp_path / "empty.png")
+    varedit(*edit, "--mask", tmp_path / "tall.png").assert_refused("60 x 90", "90 x 60", "aspect")
+    varedit(*edit, "--mask", tmp_path / "empty.png").assert_refused("empty")
+    varedit(*edit, "--mask", tmp_path / "none.png").assert_refused("none.png", "does not exist")
+    varedit(*edit, "--mask", tmp_path / "tall.png", "--box=1,1,2,2").assert_refused("--mask and --box")
+    varedit(*edit, "--box=10,10,5").assert_refused("10,10,5", "X,Y,WIDTH,HEIGHT")
+    varedit(*edit, "--box=10,10,5,-1").assert_refused("10,10,5,-1")
+    varedit(*edit, "--box=1,1,9,9", "--mask-margin=-1").assert_refused("-1")
+    varedit(*edit, "--mask-margin=4").assert_refused("--mask-margin 4", "--box")
+    varedit(*edit, "--lock=tight").assert_refused("tight")
+    varedit(*edit, "--crop=on").assert_refused("on")
+    varedit(*edit, "--preserve=off", "--change-map", tmp_path / "map.png").assert_refused("--change-map")
+    same = tmp_path / "same.png"
+    varedit(*edit, "-o", same, "--change-map", same).assert_refused("same.png", "two files")
+    (tmp_path / "a.tiff.varedit.json").write_text("precious")
+    varedit(*edit, "-o", tmp_path / "a.tiff").assert_refused("a.tiff.varedit.json", "exists already")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.tiff.varedit.json", "empty.png", "photo.png", "tall.png",
+    ]  # fmt: skip
 
 
 # -- session
@@ -96,32 +121,32 @@ def test_a_session_from_new_to_export(varedit, model, photo, tmp_path):
     assert ran.code == 0 and ran.out == "step 1: the same picture\nstep 2: the same picture\n"
     ran = varedit("replay", tmp_path / "out.png", *model)  # the box is in the manifest, the input beside the file
     assert ran.code == 0, ran.out
-    assert_refused(varedit("session", "export", folder, tmp_path / "out.png"), "exists already")
-    assert_refused(varedit("session", "export", folder, tmp_path / "b.png", "--step=9"), "no step 9")
+    varedit("session", "export", folder, tmp_path / "out.png").assert_refused("exists already")
+    varedit("session", "export", folder, tmp_path / "b.png", "--step=9").assert_refused("no step 9")
     (folder / "session.json").write_text("{")
-    assert_refused(varedit("session", "log", folder), "session.json", "damaged")
+    varedit("session", "log", folder).assert_refused("session.json", "damaged")
 
 
 def test_session_refuses_before_the_model_is_loaded(varedit, photo, tmp_path):
     folder = tmp_path / "session"
-    assert_refused(varedit("session", "new", folder, tmp_path / "none.png"), "none.png")
+    varedit("session", "new", folder, tmp_path / "none.png").assert_refused("none.png")
     assert varedit("session", "new", folder, photo).code == 0
-    assert_refused(varedit("session", "new", folder, photo), "exists already")
+    varedit("session", "new", folder, photo).assert_refused("exists already")
     edit = ["session", "edit", folder, "--model", "/nowhere"]
-    assert_refused(varedit(*edit, " "), "empty")
-    assert_refused(varedit(*edit, "x", "--seed=-1"), "-1")
-    assert_refused(varedit(*edit, "x", "--box=1,2,3"), "1,2,3")
-    assert_refused(varedit(*edit, "x", "--box=500,2,3,3"), "covers no pixel")
-    assert_refused(varedit(*edit, "x", "--box=1,2,3,3", "--mask", photo), "--mask and --box")
+    varedit(*edit, " ").assert_refused("empty")
+    varedit(*edit, "x", "--seed=-1").assert_refused("-1")
+    varedit(*edit, "x", "--box=1,2,3").assert_refused("1,2,3")
+    varedit(*edit, "x", "--box=500,2,3,3").assert_refused("covers no pixel")
+    varedit(*edit, "x", "--box=1,2,3,3", "--mask", photo).assert_refused("--mask and --box")
     Image.new("L", (60, 90), 255).save(tmp_path / "tall.png")
-    assert_refused(varedit(*edit, "x", "--mask", tmp_path / "tall.png"), "aspect")
+    varedit(*edit, "x", "--mask", tmp_path / "tall.png").assert_refused("aspect")
     Image.new("L", (90, 60)).save(tmp_path / "empty.png")
-    assert_refused(varedit(*edit, "x", "--mask", tmp_path / "empty.png"), "empty")
-    assert_refused(varedit(*edit, "x", "--size=100"), "100")
-    assert_refused(varedit(*edit, "x"), "/nowhere")
-    assert_refused(varedit("session", "undo", folder), "nothing to undo")
-    assert_refused(varedit("session", "log", tmp_path / "none"), "no session")
-    assert_refused(varedit("replay", folder), "no steps")
+    varedit(*edit, "x", "--mask", tmp_path / "empty.png").assert_refused("empty")
+    varedit(*edit, "x", "--size=100").assert_refused("100")
+    varedit(*edit, "x").assert_refused("/nowhere")
+    varedit("session", "undo", folder).assert_refused("nothing to undo")
+    varedit("session", "log", tmp_path / "none").assert_refused("no session")
+    varedit("replay", folder).assert_refused("no steps")
 
 
 # -- batch and replay
@@ -134,8 +159,7 @@ def test_batch_exit_codes_record_and_replay(varedit, model, photo, tmp_path):
     ran = varedit(*batch)
     assert ran.code == 3 and "1 edited, 1 failed" in ran.out
     assert "failed: line 3, none.edited.png" in ran.err and "does not exist" in ran.err
-    assert_refused(varedit(*batch), "--resume")
-    assert_refused(varedit(*batch, "--resume", "--overwrite"), "one of them")
+    varedit(*batch).assert_refused("--resume")
     photo.with_name("none.png").write_bytes(photo.read_bytes())
     ran = varedit(*batch, "--resume")
     assert ran.code == 0 and "1 edited, 0 failed, 1 were done before" in ran.out
@@ -143,12 +167,12 @@ def test_batch_exit_codes_record_and_replay(varedit, model, photo, tmp_path):
     assert ran.code == 0 and "0 edited, 0 failed, 2 were done before" in ran.out
 
     first = out / "photo.edited.png"
-    assert_refused(varedit("replay", first, *model), "'photo.png' is not beside it", "--input")
+    varedit("replay", first, *model).assert_refused("'photo.png' is not beside it", "--input")
     again = tmp_path / "again.png"
     ran = varedit("replay", first, "--input", photo, "-o", again, *model)
     assert ran.code == 0 and "bit for bit" in ran.out
     assert again.read_bytes() == first.read_bytes()
-    assert_refused(varedit("replay", first, "--input", photo, "-o", again, *model), "exists already")
+    varedit("replay", first, "--input", photo, "-o", again, *model).assert_refused("exists already")
 
     Image.new("RGB", (90, 60), "red").save(tmp_path / "red.png")
     ran = varedit("replay", first, "--input", tmp_path / "red.png", *model)
@@ -174,17 +198,17 @@ def test_replay_names_another_model(varedit, model, photo, tmp_path):
 
 
 def test_replay_and_batch_refuse(varedit, photo, tmp_path):
-    assert_refused(varedit("replay", photo), "no manifest")
-    assert_refused(varedit("replay", tmp_path / "none.png"), "does not exist")
+    varedit("replay", photo).assert_refused("no manifest")
+    varedit("replay", tmp_path / "none.png").assert_refused("does not exist")
     photo.with_name("photo.png.varedit.json").write_text('{"format": "varedit/1"}')
-    assert_refused(varedit("replay", photo), "damaged")
-    assert_refused(varedit("replay", tmp_path, "--input", photo), "a session has its own inputs")
-    assert_refused(varedit("batch", tmp_path / "none.csv", "-o", tmp_path / "o"), "none.csv")
-    assert_refused(varedit("batch", tmp_path, "-o", tmp_path / "o"), "--instruction")
+    varedit("replay", photo).assert_refused("damaged")
+    varedit("replay", tmp_path, "--input", photo).assert_refused("a session has its own inputs")
+    varedit("batch", tmp_path / "none.csv", "-o", tmp_path / "o").assert_refused("none.csv")
+    varedit("batch", tmp_path, "-o", tmp_path / "o").assert_refused("--instruction")
     common = ["batch", tmp_path, "-o", tmp_path / "o", "--instruction=x"]
-    assert_refused(varedit(*common, "--workers=0"), "num_workers 0")
-    assert_refused(varedit(*common, "--size=5"), "size 5")
-    assert_refused(varedit(*common, "--model", "/nowhere"), "/nowhere")
+    varedit(*common, "--workers=0").assert_refused("num_workers 0")
+    varedit(*common, "--size=5").assert_refused("size 5")
+    varedit(*common, "--model", "/nowhere").assert_refused("/nowhere")
 
 
 def test_without_ray_one_line_says_so(varedit, photo, tmp_path):
@@ -193,5 +217,5 @@ def test_without_ray_one_line_says_so(varedit, photo, tmp_path):
     if importlib.util.find_spec("ray"):
         pytest.skip("Ray is installed")
     ran = varedit("batch", photo.parent, "-o", tmp_path / "o", "--instruction=x", "--ray")
-    assert_refused(ran, "--ray", "varedit[ray]")
+    ran.assert_refused("--ray", "varedit[ray]")
     assert not (tmp_path / "o").exists()

@@ -1,7 +1,14 @@
 """Readers of the public benchmarks, on files written here in their published layouts."""
 
+import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
@@ -9,6 +16,7 @@ from PIL import Image
 
 from varedit.evaluation.benchmarks import decode_mask, load
 from varedit.evaluation.cases import file_key, read_mask, read_picture
+from varedit.evaluation.hub import SOURCES
 
 
 def colour(value, size=(24, 16)):
@@ -253,7 +261,10 @@ def test_own_folder_of_pairs(tmp_path):
         ("pie-bench", None, "form"),
         ("imgedit", None, "Benchmark.tar"),
         ("nonsense", None, "use a known name"),
-        ("procedural", {"a": "b"}, "takes none"),
+        ("procedural", {"a": "b"}, "takes seed"),
+        ("procedural", {"seed": "one"}, "seed is 'one'"),
+        ("gedit", {"colour": "red"}, "reader option 'colour' is unknown"),  # told before anything is downloaded
+        ("gedit", None, "cannot be downloaded .*stepfun-ai/GEdit-Bench.*--data"),
     ],
 )
 def test_missing_data_says_how_to_get_it(name, options, message):
@@ -266,3 +277,67 @@ def test_unknown_reader_option_and_value(emu):
         load("emu-edit", emu, options={"bad_captions": "maybe"})
     with pytest.raises(ValueError, match="unknown"):
         load("emu-edit", emu, options={"colour": "red"})
+
+
+class Hub:
+    """The part of the hub's interface that a download uses: one data set with some files at one commit."""
+
+    def __init__(self, repository, commit, files):
+        self.asked = []
+        outer = self
+        root = f"/datasets/{repository}/resolve/{commit}/"
+
+        class Handler(BaseHTTPRequestHandler):
+            def reply(self, data, head=False, **headers):
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                if not head:
+                    self.wfile.write(data)
+
+            def do_GET(self, head=False):
+                path = unquote(urlparse(self.path).path)
+                outer.asked.append(path)
+                if path.startswith(f"/api/datasets/{repository}/revision/"):
+                    about = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+                    self.reply(json.dumps(about).encode(), head, Content_Type="application/json")
+                elif path == f"/api/datasets/{repository}/tree/{commit}":
+                    entries = [
+                        {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                        for name, data in files.items()
+                    ]
+                    self.reply(json.dumps(entries).encode(), head, Content_Type="application/json")
+                elif path.startswith(root) and path.removeprefix(root) in files:
+                    data = files[path.removeprefix(root)]
+                    etag = hashlib.sha256(data).hexdigest()
+                    self.reply(data, head, ETag=f'"{etag}"', X_Repo_Commit=commit)
+                else:
+                    self.send_error(404)
+
+            def do_HEAD(self):
+                self.do_GET(head=True)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def test_a_benchmark_is_downloaded_at_its_pinned_commit(emu, tmp_path):
+    """In a process of its own: the hub's address is read when its library is imported."""
+    commit = SOURCES["emu-edit"].revision
+    files = {f"data/{path.name}": path.read_bytes() for path in (emu / "data").iterdir()} | {"huge.bin": b"x"}
+    hub = Hub("facebook/emu_edit_test_set", commit, files)
+    program = "import sys; from varedit.evaluation.benchmarks import load; b = load('emu-edit'); "
+    program += "print(len(b.cases), b.notes['revision'])"
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    hub.server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["6", commit]
+    fetched = {path.partition("/resolve/")[2] for path in hub.asked if "/resolve/" in path}
+    assert fetched == {f"{commit}/{name}" for name in files if name != "huge.bin"}  # only what is needed

@@ -5,7 +5,8 @@ import pytest
 from scipy import ndimage
 
 from varedit.evaluation import checker
-from varedit.evaluation.cases import procedural, read_picture
+from varedit.evaluation.cases import read_picture
+from varedit.evaluation.procedural import procedural
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,13 @@ def verdicts(drawn, make):
 def test_target_scores_one(drawn):
     for verdict in verdicts(drawn, lambda source, target, mask: target):
         assert verdict.success and verdict.completeness == 1 and verdict.stray == 0 and verdict.balance == 10
+        assert verdict.closer and verdict.half
 
 
 def test_source_scores_zero(drawn):
     for verdict in verdicts(drawn, lambda source, target, mask: source):
         assert not verdict.success and verdict.completeness == 0 and verdict.balance == 0 and verdict.stray == 0
+        assert not verdict.closer and not verdict.half
 
 
 def test_blurred_noisy_target_still_succeeds(drawn):
@@ -61,6 +64,30 @@ def test_half_blend_is_half_done(drawn):
 
     for verdict in verdicts(drawn, blend):
         assert not verdict.success and 0.4 < verdict.completeness < 0.6
+
+
+@pytest.mark.parametrize(
+    ("share", "closer", "half"), [(0.0, 0, 0), (0.45, 0, 0), (0.48, 0, 0), (0.52, 1, 1), (1.4, 1, 1), (1.6, 1, 0)]
+)
+def test_closer_and_half_worked_by_hand(share, closer, half):
+    """A square that goes from 100 to 150 levels; the result went `share` of that way."""
+    source = np.full((64, 64, 3), 100, np.uint8)
+    mask = np.zeros((64, 64), bool)
+    mask[16:48, 16:48] = True
+    target, result = source.copy(), source.copy()
+    target[mask], result[mask] = 150, round(100 + 50 * share)
+    verdict = checker.check(source, target, result, mask)
+    assert (verdict.closer, verdict.half) == (bool(closer), bool(half))
+
+
+def test_half_is_the_stricter_one():
+    """What goes across the way can be nearer to the target and yet far from it."""
+    source = np.full((64, 64, 3), (100, 100, 100), np.uint8)
+    mask = np.ones((64, 64), bool)
+    target, result = source.copy(), source.copy()
+    target[...], result[...] = (200, 100, 100), (180, 145, 100)  # 65 levels left, 125 gone, of 100
+    verdict = checker.check(source, target, result, mask)
+    assert verdict.closer and not verdict.half
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from varedit.evaluation.cases import Case
-from varedit.evaluation.editors import DiffusersEditor, EditFailed, make_editor
+from varedit.evaluation.editors import EditFailed, make_editor
 
 SOURCE = Image.new("RGB", (48, 32), (10, 20, 30))
 CASE = Case("k1", 'make "it" red; {seed} $HOME', np.asarray(SOURCE), extra={"file": "7/k1.png"})
@@ -129,128 +129,70 @@ def test_known_editors():
     ("spec", "message"),
     [("photoshop", "is unknown"), ("identity:x", "is unknown"), ("diffusers:", "is unknown"),
      ("openai:localhost", "full address"), ("command:edit {source} {output}", "lacks {instruction}"),
-     ("folder:/no/such/folder", "does not exist"), ("varedit:x?colour=3", "option 'colour'")],
+     ("folder:/no/such/folder", "does not exist")],
 )  # fmt: skip
 def test_bad_specs_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
         make_editor(spec)
 
 
-@pytest.fixture(scope="module")
-def flux_fill():
-    """A real FluxFill pipeline of random weights: 2 x 2 latents of 4 channels, 48 inputs a token with the mask."""
-    import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from varedit.testing import TEXT_FEATURES, tiny_text_encoder
-
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        in_channels=48, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=TEXT_FEATURES, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
-    tokenizer, text_encoder = tiny_text_encoder()
-    tokenizer.model_max_length = 32
-    text = CLIPTextConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                          num_attention_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
-                          pad_token_id=0)  # fmt: skip
-    return FluxFillPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
-        text_encoder_2=text_encoder, tokenizer_2=tokenizer, transformer=transformer,
-    )  # fmt: skip
-
-
-def seen_by(pipeline, editor, source):
-    """What the transformer gets of the masked picture, and the result."""
-    inputs = []
-    hook = pipeline.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: inputs.append(kwargs["hidden_states"][..., 16:32]), with_kwargs=True
-    )
-    try:
-        return editor.edit(CASE, source, 0), inputs[0]
-    finally:
-        hook.remove()
-
-
-@pytest.mark.parametrize("layout", ["diptych", "fill"])
-def test_fill_pipelines(flux_fill, layout):
-    options = {"layout": layout, "num_inference_steps": 2, "max_sequence_length": 16}
-    editor = DiffusersEditor("x/fill", options, pipeline=flux_fill)
-    result, seen = seen_by(flux_fill, editor, SOURCE)
-    other, seen_other = seen_by(flux_fill, editor, Image.new("RGB", (48, 32), (250, 0, 0)))
-    assert result.size == other.size == (48, 32)
-    assert (seen != seen_other).any()  # the source is not blacked out
-    tokens = 8 * 12 * (2 if layout == "diptych" else 1)
-    assert seen.shape[1] == tokens
-
-
-def test_fill_has_to_be_asked_for(flux_fill):
-    with pytest.raises(ValueError, match="layout=fill or layout=diptych"):
-        DiffusersEditor("x", {}, pipeline=flux_fill)
-    with pytest.raises(ValueError, match="is unknown"):
-        DiffusersEditor("x", {"layout": "triptych"}, pipeline=flux_fill)
-
-
-def test_diptych_is_the_source_twice_with_the_right_open(flux_fill):
-    editor = DiffusersEditor("x/fill", {"layout": "diptych"}, pipeline=flux_fill)
-    arguments = editor._arguments(CASE.instruction, SOURCE)
-    assert arguments["image"].size == (96, 32) and (arguments["width"], arguments["height"]) == (96, 32)
-    assert arguments["prompt"].startswith("A diptych") and CASE.instruction in arguments["prompt"]
-    mask = np.asarray(arguments["mask_image"])
-    assert not mask[:, :48].any() and (mask[:, 48:] == 255).all()
-    assert (np.asarray(arguments["image"])[:, :48] == np.asarray(SOURCE)).all()
-
-
-@pytest.fixture(scope="module")
-def pix2pix(tmp_path_factory):
-    """A real InstructPix2Pix pipeline of random weights, saved as a folder."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from varedit.testing import tiny_text_encoder
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, in_channels=8, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16, norm_num_groups=8, attention_head_dim=8,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    tokenizer, _ = tiny_text_encoder()
-    tokenizer.model_max_length = 32
-    text = CLIPTextConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                          num_attention_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
-                          pad_token_id=0)  # fmt: skip
-    pipeline = StableDiffusionInstructPix2PixPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
-        scheduler=PNDMScheduler(skip_prk_steps=True), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("pix2pix")
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-def test_a_real_diffusers_pipeline(pix2pix):
-    editor = make_editor(
-        f"diffusers:{pix2pix}?num_inference_steps=2&guidance_scale=2.0&image_guidance_scale=1.2", "cpu"
-    )
-    first, again, other = (np.asarray(editor.edit(CASE, SOURCE, seed)) for seed in (1, 1, 2))
-    assert first.shape == (32, 48, 3) and (first == again).all() and (first != other).any()
-    assert editor.settings["guidance_scale"] == 2.0
-
-
 def test_a_pipeline_that_is_not_there():
     with pytest.raises(ValueError, match="cannot load the pipeline"):
         make_editor("diffusers:no/such-pipeline", "cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from varedit.testing import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def asked(count):
+    """Cases with sources and seeds of their own, of two sizes."""
+    rng = np.random.default_rng(0)
+    sources = [Image.fromarray(rng.integers(0, 256, (48 + 40 * (i % 2), 64, 3)).astype(np.uint8)) for i in range(count)]
+    cases = [Case(f"k{i}", f"edit number {i}", np.asarray(source)) for i, source in enumerate(sources)]
+    return cases, sources, list(range(count))
+
+
+def test_our_pipeline_draws_what_a_call_of_it_draws(model):
+    """Nothing is preserved unless asked for, and a batch gives the pictures of single edits."""
+    cases, sources, seeds = asked(5)
+    editor = make_editor(f"varedit:{model}?temperature=0.7&guidance_scale=2&top_p=0.9", "cpu")
+    batch = editor.edit_all(cases, sources, seeds)
+    for case, source, seed, image in zip(cases, sources, seeds, batch):
+        single = editor.edit(case, source, seed)
+        called = editor.pipeline(
+            source, case.instruction, seed=seed, temperature=0.7, guidance_scale=2.0, top_p=0.9
+        ).images[0]
+        assert image.tobytes() == single.tobytes() == called.tobytes()
+
+
+def test_options_of_our_pipeline(model):
+    cases, sources, seeds = asked(1)
+    drawn = {}
+    for options in ("", "?guidance_scale=1", "?temperature=0", "?top_p=0.6", "?fit=square", "?preserve=exact"):
+        editor = make_editor(f"varedit:{model}{options}", "cpu")
+        drawn[options] = editor.edit_all(cases, sources, seeds)[0].tobytes()
+    assert len(set(drawn.values())) == len(drawn)
+    assert make_editor(f"varedit:{model}?preserve=blend&strength=0.5", "cpu").settings["strength"] == 0.5
+    assert make_editor(f"varedit:{model}?dtype=bfloat16", "cpu").settings["dtype"] == "torch.bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("colour=3", "option 'colour' of varedit is unknown; use .*guidance_scale"), ("preserve=no", "preserve 'no'"),
+     ("temperature=-1", "temperature -1 must be 0 or more"), ("guidance_scale=high", "guidance_scale"),
+     ("dtype=float16", "dtype 'float16' is unknown"), ("size=100", "size")],
+)  # fmt: skip
+def test_bad_options_of_our_pipeline_are_named_before_it_loads(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_editor(f"varedit:/no/such/model?{options}")
+
+
+def test_the_default_model_takes_options_without_a_colon():
+    with pytest.raises(ValueError, match="option 'colour' of varedit"):
+        make_editor("varedit?colour=3")

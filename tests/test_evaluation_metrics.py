@@ -8,7 +8,8 @@ from PIL import Image
 from scipy import ndimage
 
 from varedit.evaluation import features, metrics
-from varedit.evaluation.features import Backbones, Clip, clip_direction
+from varedit.evaluation.editors import make_editor
+from varedit.evaluation.features import Backbones, Clip, backbones_of, clip_direction
 
 
 def picture(seed, size=(64, 48)):
@@ -63,6 +64,33 @@ def test_background_of_nothing_and_of_equal_pictures():
     assert metrics.background_psnr(source, source, whole) is None
     assert metrics.background_psnr(source, 255 - source, ~whole) < 20
     assert metrics.background_psnr(source, source, ~whole) == metrics.MAX_PSNR
+
+
+def test_what_lpips_is_given(tmp_path):
+    """PIE-Bench: both backgrounds on [-1, 1], the edited area at -1 in both; the result comes first."""
+    from varedit.evaluation.cases import Benchmark, Case
+    from varedit.evaluation.generate import generate, result_path
+    from varedit.evaluation.scores import score
+
+    mask = np.zeros((4, 6), bool)
+    mask[1, 2] = True
+    source, target = np.full((4, 6, 3), 51, np.uint8), np.full((4, 6, 3), 204, np.uint8)
+    benchmark = Benchmark("own", (Case("k", "x", source, target=target, mask=mask),), ("lpips",))
+    generate(benchmark, make_editor("oracle"), tmp_path)
+    assert result_path(tmp_path, "k").is_file()
+    given = []
+
+    def lpips(first, second):
+        given.append((first, second))
+        return 0.25
+
+    found = score(benchmark, tmp_path, ["lpips"], Backbones(given={"lpips": lpips}))
+    ((first, second),) = given
+    for tensor, value in ((first, 204), (second, 51)):
+        expected = np.full((4, 6), value / 255 * 2 - 1)
+        expected[1, 2] = -1
+        assert tensor.shape == (1, 3, 4, 6) and np.allclose(tensor.numpy(), expected)
+    assert found["rows"][0]["scores"] == {"lpips": 0.25}
 
 
 def test_ssim_is_that_of_its_formula():
@@ -150,6 +178,24 @@ def test_structure_input_stays_in_levels():
     assert features.structure_pixels(np.zeros((100, 400, 3), np.uint8)).shape == (1, 3, 120, 480)
 
 
+def test_structure_input_worked_by_hand():
+    """640 rows to 224: row i lies at (i + 0.5) * 640 / 224 - 0.5 and is mixed of the two rows around it."""
+    rows = np.arange(640) % 251
+    picture = np.broadcast_to(rows[:, None, None], (640, 640, 3)).astype(np.uint8)
+    places = (np.arange(224) + 0.5) * 640 / 224 - 0.5
+    below = np.floor(places).astype(int)
+    mixed = rows[below] * (1 - (places - below)) + rows[below + 1] * (places - below)
+    pixels = features.structure_pixels(picture)
+    for channel, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):
+        assert np.allclose(pixels[0, channel, :, 100], (mixed - mean) / std, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("side", [300, 301, 409, 767])
+def test_the_short_side_is_never_a_pixel_short(side):
+    assert features.structure_pixels(np.zeros((side, side, 3), np.uint8)).shape == (1, 3, 224, 224)
+    assert features.clip_pixels(np.zeros((side, side, 3), np.uint8), 224, "pie-bench").shape == (1, 3, 224, 224)
+
+
 def test_structure_distance_is_that_of_the_keys(tiny_vit):
     source, result = picture(4), picture(5)
     similar = []
@@ -199,6 +245,17 @@ def test_clip_scores_with_a_tiny_model(tiny_clip, tiny_vit):
     assert features.dino_embedding(tiny_vit, image).shape == (16,)
 
 
+def test_embeddings_are_kept_for_a_while_and_never_mixed_up(tiny_clip):
+    fresh = Clip(tiny_clip.model, tiny_clip.tokenizer)
+    images = [picture(seed) for seed in range(12)]
+    first = [fresh.image(image) for image in images]
+    assert len(fresh._kept) == 8
+    for image, embedding in zip(images, first):  # some from memory, some computed again
+        assert torch.equal(fresh.image(image), embedding)
+    assert fresh.image(images[-1]) is fresh.image(images[-1].copy())
+    assert not torch.equal(fresh.text("a"), fresh.text("b"))
+
+
 def test_a_network_that_is_not_at_hand_is_named():
     with pytest.raises(ValueError, match="cannot load 'no/such-model'.*--metrics"):
         _ = Backbones(clip_name="no/such-model").clip
@@ -207,11 +264,22 @@ def test_a_network_that_is_not_at_hand_is_named():
     }  # fmt: skip
 
 
+def test_networks_and_preparation_by_benchmark_and_by_name():
+    pie, emu = backbones_of("pie-bench"), backbones_of("emu-edit")
+    assert pie.protocol("clip") == {"name": "openai/clip-vit-large-patch14", "preprocessing": "pie-bench"}
+    assert emu.protocol("dino") == {"name": "facebook/dino-vits16"}
+    other = backbones_of("emu-edit", "cpu", "ip2p", {"clip": "openai/clip-vit-large-patch14"})
+    assert other.protocol("clip") == {"name": "openai/clip-vit-large-patch14", "preprocessing": "ip2p"}
+    with pytest.raises(ValueError, match="preprocessing 'mine' is unknown; use pie-bench, magicbrush, ip2p"):
+        backbones_of("emu-edit", "cpu", "mine")
+    with pytest.raises(ValueError, match="network 'vgg' is unknown; use clip, dino, structure"):
+        backbones_of("emu-edit", "cpu", None, {"vgg": "x"})
+
+
 def test_every_metric_through_the_harness(tmp_path, tiny_clip, tiny_vit):
     """All scores of a case that has everything, with the source as the result."""
     pytest.importorskip("torchmetrics", reason="ssim comes from torchmetrics")
     from varedit.evaluation.cases import Benchmark, Case
-    from varedit.evaluation.editors import make_editor
     from varedit.evaluation.generate import generate
     from varedit.evaluation.scores import METRICS, check_metrics, score
 
@@ -231,7 +299,8 @@ def test_every_metric_through_the_harness(tmp_path, tiny_clip, tiny_vit):
     whole = features.cosine(tiny_clip.image(source), tiny_clip.text("b"))
     edited = features.cosine(tiny_clip.image(source * mask[..., None]), tiny_clip.text("b"))
     expected = {
-        "success": 0, "completeness": 0, "balance": 0, "preservation": 1, "stray": 0, "outside_psnr": 60,
+        "success": 0, "closer": 0, "half": 0, "completeness": 0, "balance": 0, "preservation": 1, "stray": 0,
+        "outside_psnr": 60,
         "l1": metrics.l1(source, target), "l2": metrics.l2(source, target), "l1_source": 0, "clip_i_source": 1,
         "dino_source": 1, "structure": 0, "misalignment": 0, "drift": None, "psnr": metrics.MAX_PSNR, "mse": 0,
         "ssim": 1, "lpips": 0, "clip_dir": 0, "clip_out": whole, "clip_whole": max(0, whole),

@@ -1,31 +1,42 @@
-"""Generation, scoring and reports, from the command and in process."""
+"""Generation from the command and in process: interrupted, sharded, in batches, with broken cases."""
 
 import hashlib
+import io
 import json
-import re
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from varedit.cli import main
+from varedit.evaluation import generate as generation
 from varedit.evaluation.benchmarks import load
 from varedit.evaluation.cases import Benchmark, Case
-from varedit.evaluation.editors import EditFailed, VAREditEditor, make_editor
+from varedit.evaluation.editors import EditFailed, Editor, VAREditEditor, make_editor
 from varedit.evaluation.features import Backbones
-from varedit.evaluation.generate import case_seed, generate, read_manifest, result_path
-from varedit.evaluation.paper import COLUMNS, TABLE, own_row
-from varedit.evaluation.report import load_runs, paired, write_report
-from varedit.evaluation.scores import METRICS, bootstrap, check_metrics, score
+from varedit.evaluation.generate import case_seed, generate, peak_memory_mib, read_manifest, result_path
+from varedit.evaluation.scores import score
 
 
-class Counting:
-    """Adds the seed's parity to every pixel; fails on keys it is told to; may be interrupted."""
+class Counting(Editor):
+    """Halves every pixel and adds the seed; fails on keys it is told to; may be interrupted."""
 
     concurrent = True
 
-    def __init__(self, fail=(), stop_after=None):
+    def __init__(self, fail=(), stop_after=None, batched=False):
         self.settings, self.calls, self.fail, self.stop_after = {"editor": "counting"}, [], set(fail), stop_after
+        self.batched, self.batches = batched, []
+
+    def edit_all(self, cases, sources, seeds):
+        self.batches.append([case.key for case in cases])
+        return super().edit_all(cases, sources, seeds)
 
     def edit(self, case, source, seed):
         if self.stop_after is not None and len(self.calls) >= self.stop_after:
@@ -68,7 +79,7 @@ def test_manifest_says_what_it_took(tmp_path):
     generate(plain(1), Counting(), tmp_path, seed=3)
     (row,) = read_manifest(tmp_path).values()
     assert row["status"] == "ok" and row["seed"] == case_seed(3, "k0") and (row["width"], row["height"]) == (16, 16)
-    assert row["seconds"] >= 0 and row["peak_memory_mib"] > 10
+    assert row["seconds"] >= 0 and row["peak_memory_mib"] > 10 and len(row["run"]) == 16
     assert row["sha256"] == hashlib.sha256(result_path(tmp_path, "k0").read_bytes()).hexdigest()
 
 
@@ -128,6 +139,44 @@ def test_shards_and_threads_give_the_same_folder(tmp_path):
             assert name.read_bytes() == result_path(tmp_path / "one", case.key).read_bytes()
 
 
+@pytest.mark.parametrize("fail", [(), ("k1", "k4")])
+def test_batches_give_the_same_folder(tmp_path, fail):
+    """In twos; a batch with a case that fails is taken apart, and only that case has no result."""
+    generate(plain(5), Counting(fail), tmp_path / "one")
+    editor = Counting(fail, batched=True)
+    done = generate(plain(5), editor, tmp_path / "twos", batch_size=2)
+    assert (done.done, set(done.failed)) == (5 - len(fail), set(fail))
+    whole = [batch for batch in editor.batches if len(batch) == 2]
+    assert whole == [["k0", "k1"], ["k2", "k3"]] and ["k4"] in editor.batches
+    one, twos = ({key: row.get("sha256") for key, row in read_manifest(tmp_path / name).items()}
+                 for name in ("one", "twos"))  # fmt: skip
+    assert one == twos
+    again = Counting(batched=True)
+    generate(plain(5), again, tmp_path / "twos", batch_size=2)
+    assert sorted(again.calls) == sorted(fail)
+
+
+def test_chains_go_turn_by_turn_in_a_batch(tmp_path):
+    """Two chains and a single case: the first turns together, then the second turns."""
+    source = np.full((16, 16, 3), 100, np.uint8)
+    follows = {"a1": None, "a2": "a1", "b1": None, "b2": "b1", "c": None}
+    cases = tuple(Case(key, "go", source, previous=before) for key, before in follows.items())
+    editor = Counting(batched=True)
+    generate(Benchmark("own", cases, ()), editor, tmp_path, batch_size=3)
+    assert editor.batches == [["a1", "b1", "c"], ["a2", "b2"]]
+    generate(Benchmark("own", cases, ()), Counting(), tmp_path / "single")
+    for key in follows:
+        assert result_path(tmp_path, key).read_bytes() == result_path(tmp_path / "single", key).read_bytes()
+
+
+def test_peak_memory_is_of_where_the_editor_works(monkeypatch):
+    assert peak_memory_mib() > 50 and peak_memory_mib("elsewhere") is None
+    subprocess.run([sys.executable, "-c", "x = bytearray(60_000_000)"], check=True)
+    assert peak_memory_mib("children") >= 60
+    monkeypatch.setattr(generation, "resource", None)  # as on Windows
+    assert peak_memory_mib() is None and peak_memory_mib("children") is None
+
+
 def chained(scored=(True, True, True)):
     source, mask = np.full((16, 16, 3), 100, np.uint8), np.zeros((16, 16), bool)
     return Benchmark("own", tuple(
@@ -159,127 +208,6 @@ def test_a_new_turn_makes_the_turns_after_it_new(tmp_path):
     assert generate(chained(), Counting(fail=["t0"]), broken).failed["t1"].startswith("the turn before, t0")
 
 
-def test_scores_are_worked_out_and_the_same_to_the_byte(tmp_path):
-    generate(plain(), make_editor("identity"), tmp_path)
-    result = score(plain(), tmp_path, ["l1", "l1_source"], Backbones())
-    assert result["overall"]["l1"]["mean"] == pytest.approx(10 / 255, abs=1e-6)
-    assert result["overall"]["l1_source"] == {"mean": 0, "low": 0, "high": 0, "n": 6}
-    assert set(result["types"]) == {"even", "odd"} and result["types"]["odd"]["l1"]["n"] == 3
-    first = (tmp_path / "scores.json").read_bytes()
-    score(plain(), tmp_path, ["l1", "l1_source"], Backbones())
-    assert (tmp_path / "scores.json").read_bytes() == first
-    assert b"seconds" not in first
-
-
-def test_bootstrap_interval():
-    values = [float(i % 2) for i in range(400)]
-    mean = bootstrap(values, "a")
-    assert mean.mean == 0.5 and mean.n == 400
-    assert mean.high - mean.low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
-    assert mean == bootstrap(values, "a") and mean != bootstrap(values, "b")
-
-
-def test_protocol_covers_what_shapes_a_number_and_not_the_editor(tmp_path):
-    def protocol(name, benchmark, metrics=("l1",), editor="identity", **models):
-        generate(benchmark, make_editor(editor), tmp_path / name)
-        return score(benchmark, tmp_path / name, metrics, Backbones(**models))["protocol_sha256"]
-
-    base = protocol("a", plain())
-    assert protocol("b", plain(), editor="oracle") == base
-    assert protocol("c", plain(5)) != base
-    assert protocol("d", plain(), metrics=("l1", "l1_source")) != base
-    assert protocol("e", plain(fit="bicubic")) != base
-    darker = [Case(c.key, c.instruction, c.source // 2, c.edit_type, target=c.target) for c in plain().cases]
-    assert protocol("f", Benchmark("own", tuple(darker), ("l1",))) != base
-
-
-def test_unknown_metrics_are_refused_before_any_work():
-    with pytest.raises(ValueError, match="metric 'beauty' is unknown"):
-        check_metrics(["beauty"], Backbones())
-    assert {name for name, metric in METRICS.items() if metric.better == "lower"} == {
-        "l1", "l2", "l1_source", "structure", "misalignment", "drift", "stray", "mse", "lpips",
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def procedural_runs(tmp_path_factory):
-    """The two ends of the procedural benchmark, made by the command."""
-    folder = tmp_path_factory.mktemp("runs")
-    for editor in ("identity", "oracle"):
-        command("evaluate", "run", "--benchmark", "procedural", "--editor", editor, "--limit", 8, "-o", folder / editor)
-    return folder
-
-
-def test_procedural_ends(procedural_runs, capsys):
-    ends = {name: json.loads((procedural_runs / name / "scores.json").read_text()) for name in ("identity", "oracle")}
-    for name, value in (("identity", 0), ("oracle", 1)):
-        overall = ends[name]["overall"]
-        assert overall["success"]["mean"] == value and overall["completeness"]["mean"] == value
-        assert overall["balance"]["mean"] == 10 * value and overall["preservation"]["mean"] == 1
-    assert ends["identity"]["protocol_sha256"] == ends["oracle"]["protocol_sha256"]
-    before = (procedural_runs / "oracle/scores.json").read_bytes()
-    out = command("evaluate", "run", "--benchmark", "procedural", "--editor", "oracle", "--limit", 8, "-o",
-                  procedural_runs / "oracle", capsys=capsys).out  # fmt: skip
-    assert "0 edited, 8 found done, 0 failed" in out and "8 of 8 cases scored" in out
-    assert (procedural_runs / "oracle/scores.json").read_bytes() == before
-
-
-def test_report_page(procedural_runs, tmp_path, capsys):
-    html = tmp_path / "report.html"
-    runs = (procedural_runs / "identity", procedural_runs / "oracle")
-    command("evaluate", "report", *runs, "--html", html, capsys=capsys)
-    page = html.read_text()
-    assert page.count('class="case"') == 8 and page.count("<svg") == 6
-    assert page.count("data:image/webp;base64,") == 8 * 4  # source, two results, known answer
-    assert not re.search(r'(?:src|href)="(?!data:)', page)  # nothing from elsewhere
-    report = json.loads(html.with_suffix(".json").read_text())
-    success = next(one for one in report["paired"][0]["scores"] if one["metric"] == "success")
-    assert success["difference"] == 1 and success["wins"] == 8 and success["p"] < 0.02
-    assert "| success | +1.000 (+1.000 to +1.000)" in html.with_suffix(".md").read_text()
-
-
-def test_page_shows_words_as_words(tmp_path):
-    cases = (Case("k", "</script><b>bold", np.zeros((4, 4, 3), np.uint8), "<i>"),)
-    generate(Benchmark("own", cases, ()), make_editor("identity"), tmp_path / "<u>")
-    score(Benchmark("own", cases, ()), tmp_path / "<u>", ["l1_source"], Backbones())
-    write_report(load_runs([tmp_path / "<u>"]), tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert not set(re.findall(r"<(?:u|i)>|<b>bold", page)) and page.count("</script>") == 1
-
-
-def test_different_protocols_do_not_compare_silently(tmp_path, procedural_runs):
-    generate(plain(), make_editor("identity"), tmp_path / "own")
-    score(plain(), tmp_path / "own", ["l1"], Backbones())
-    folders = [procedural_runs / "oracle", tmp_path / "own"]
-    with pytest.raises(ValueError, match="different protocols.*benchmark.*--allow-different"):
-        load_runs(folders)
-    runs = load_runs(folders, allow_different=True)
-    write_report(runs, tmp_path / "page.html")
-    assert "Their numbers do not compare" in (tmp_path / "page.html").read_text()
-
-
-def test_a_score_file_changed_by_hand_is_refused(tmp_path):
-    generate(plain(), make_editor("identity"), tmp_path)
-    score(plain(), tmp_path, ["l1"], Backbones())
-    path = tmp_path / "scores.json"
-    path.write_text(path.read_text().replace('"num_cases": 6', '"num_cases": 7'))
-    with pytest.raises(ValueError, match="changed by hand"):
-        load_runs([tmp_path])
-    with pytest.raises(ValueError, match="is no score file"):
-        load_runs([tmp_path / "nowhere"])
-
-
-def test_paired_test_sees_a_shift_and_no_shift(tmp_path):
-    for name, editor in (("a", "identity"), ("b", "oracle"), ("c", "identity")):
-        generate(plain(12), make_editor(editor), tmp_path / name)
-        score(plain(12), tmp_path / name, ["l1"], Backbones())
-    first, second, third = load_runs([tmp_path / name for name in "abc"])
-    better = paired(first, second, "l1")
-    assert better.difference == pytest.approx(-10 / 255, abs=1e-6) and better.p < 0.002
-    assert (better.wins, better.losses, better.n) == (12, 0, 12)  # lower is better there
-    assert paired(first, third, "l1").p == 1
-
-
 def test_own_pipeline_resumes_only_with_the_same_settings(tmp_path):
     from varedit.testing import tiny_pipeline
 
@@ -298,14 +226,121 @@ def test_own_pipeline_resumes_only_with_the_same_settings(tmp_path):
     assert result["overall"]["success"]["mean"] == 0  # random weights
 
 
-def test_paper_table(capsys):
-    out = command("evaluate", "paper-table", capsys=capsys).out
-    assert "VAREdit 512 px" in out and "7.892" in out
-    assert len(TABLE) == 14 and all(len(values) == len(COLUMNS) for _, _, values in TABLE)
-    scores = {"protocol": {"benchmark": "pie-bench"}, "overall": {"clip_whole": {"mean": 0.25}}}
-    assert own_row(scores)[5] == 0.25 and len(own_row(scores)) == len(COLUMNS)
-    with pytest.raises(ValueError, match="no column"):
-        own_row({"protocol": {"benchmark": "own"}, "overall": {}})
+def test_everything_broken_at_once(tmp_path, capsys):
+    """Each broken case is counted and named, the sound ones are scored, and mending one edits only that one."""
+    for name in ("a", "b", "c", "d", "e"):
+        Image.new("RGB", (16, 12), (40, 50, 60)).save(tmp_path / f"{name}.png")
+    Image.new("L", (16, 12), 0).save(tmp_path / "mask.png")
+    Image.new("L", (9, 9), 0).save(tmp_path / "small.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    rows = {
+        "sound": {"source": "a.png", "mask": "mask.png"},
+        "missing": {"source": "gone.png", "mask": "mask.png"},
+        "truncated": {"source": "cut.png", "mask": "mask.png"},
+        "mask-missing": {"source": "b.png", "mask": "none.png"},
+        "mask-broken": {"source": "c.png", "mask": "cut.png"},
+        "mask-size": {"source": "d.png", "mask": "small.png"},
+        "no-result": {"source": "e.png", "mask": "mask.png"},
+    }
+    lines = [json.dumps({"key": key, "instruction": "go", **row}) for key, row in rows.items()]
+    (tmp_path / "own.jsonl").write_text("\n".join([*lines, "{broken"]))
+    (tmp_path / "results").mkdir()
+    for key in rows:
+        if key != "no-result":
+            Image.new("RGB", (16, 12) if key != "sound" else (32, 24)).save(tmp_path / f"results/{key}.png")
+    arguments = ("evaluate", "run", "--benchmark", tmp_path / "own.jsonl", "--editor", f"folder:{tmp_path / 'results'}",
+                 "-o", tmp_path / "out", "--metrics", "l1_source,psnr")  # fmt: skip
+    out = command(*arguments, capsys=capsys).out
+    assert "4 edited, 0 found done, 3 failed" in out and "1 of 8 cases scored" in out
+    cases = json.loads((tmp_path / "out/scores.json").read_text())["cases"]
+    assert (cases["total"], cases["scored"], cases["resized"]) == (8, 1, 1)  # the sound result had another size
+    reasons = {one["key"]: one["reason"] for one in cases["failed"]}
+    expected = {
+        "line 8": "JSONDecodeError", "missing": "gone.png", "truncated": "cut.png", "mask-missing": "none.png",
+        "mask-broken": "cut.png", "mask-size": "they must have one size", "no-result": "no result",
+    }  # fmt: skip
+    assert set(reasons) == set(expected)
+    assert all(words in reasons[key] for key, words in expected.items()), reasons
+    Image.new("RGB", (16, 12)).save(tmp_path / "results/no-result.png")
+    out = command(*arguments, capsys=capsys).out
+    assert "1 edited, 4 found done, 2 failed" in out and "2 of 8 cases scored" in out
+
+
+class Inverting:
+    """An OpenAI-style image endpoint that counts what it is asked, by prompt."""
+
+    def __init__(self):
+        self.asked, self.lock = [], threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                boundary = self.headers["Content-Type"].partition("boundary=")[2].encode()
+                parts = [part.partition(b"\r\n\r\n") for part in body.split(b"--" + boundary)]
+                form = {head.partition(b'name="')[2].partition(b'"')[0]: data.removesuffix(b"\r\n")
+                        for head, _, data in parts}  # fmt: skip
+                with outer.lock:
+                    outer.asked.append(form[b"prompt"].decode())
+                time.sleep(0.01)
+                buffer = io.BytesIO()
+                Image.fromarray(255 - np.asarray(Image.open(io.BytesIO(form[b"image"])))).save(buffer, "PNG")
+                import base64
+
+                text = json.dumps({"data": [{"b64_json": base64.b64encode(buffer.getvalue()).decode()}]})
+                self.send_response(200)
+                self.end_headers()
+                try:
+                    self.wfile.write(text.encode())
+                except OSError:
+                    pass  # the asker was killed
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_200_cases_goes_on_and_repeats_nothing(tmp_path):
+    """Processes as a person would start them; SIGKILL in the middle; then two shards at once in another folder."""
+    for number in range(200):
+        Image.new("RGB", (16, 16), (number, 255 - number, 7)).save(tmp_path / f"{number}.png")
+    rows = [{"source": f"{i}.png", "instruction": f"edit {i}", "type": f"kind {i % 3}"} for i in range(200)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    endpoint = Inverting()
+
+    def start(output, *more):
+        arguments = ["evaluate", "run", "--benchmark", tmp_path / "own.jsonl", "--editor", f"openai:{endpoint.url}",
+                     "--output", tmp_path / output, *more]  # fmt: skip
+        program = [sys.executable, "-c", "from varedit.cli import main; main()", *map(str, arguments)]
+        return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+
+    first = start("killed")
+    while len(endpoint.asked) < 90 and first.poll() is None:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    finished = {row["key"] for row in read_manifest(tmp_path / "killed").values()}
+    assert 80 <= len(finished) < 200 and not (tmp_path / "killed/scores.json").exists()
+    asked_before = list(endpoint.asked)
+    second = start("killed")
+    out, err = second.communicate()
+    assert second.returncode == 0, err
+    assert f"{200 - len(finished)} edited, {len(finished)} found done, 0 failed" in out
+    assert len(endpoint.asked) - len(asked_before) == 200 - len(finished)
+    assert len(endpoint.asked) <= 201  # at most the one that was under way when the process died
+    assert set(endpoint.asked) == {row["instruction"] for row in rows}
+
+    halves = [start("halves", "--shard", f"{part}/2") for part in range(2)]
+    assert [half.wait() for half in halves] == [0, 0]
+    whole = start("halves", "--workers", "4")
+    assert "0 edited, 200 found done" in whole.communicate()[0]
+    endpoint.server.shutdown()
+    assert (tmp_path / "halves/scores.json").read_bytes() == (tmp_path / "killed/scores.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -316,6 +351,16 @@ def test_paper_table(capsys):
         (("--benchmark", "procedural", "--editor", "identity", "--limit", "0"), "limit is 0"),
         (("--benchmark", "procedural", "--editor", "identity", "--limit", "1", "--shard", "2/2"), "shard '2/2'"),
         (("--benchmark", "procedural", "--editor", "identity", "--limit", "1", "--metrics", "none"), "--judge-url"),
+        (("--benchmark", "procedural", "--editor", "identity", "--metrics", "beauty", "--limit", "1"), "'beauty'"),
+        (("--benchmark", "procedural", "--editor", "identity", "--batch-size", "0"), "batch-size is 0"),
+        (("--benchmark", "procedural", "--editor", "identity", "--judge-limit", "3"), "add --judge-prices"),
+        (("--benchmark", "procedural", "--editor", "identity", "--judge-prices", "cheap"), "are not two numbers"),
+        (("--benchmark", "procedural", "--editor", "identity", "--reader", "seed"), "use NAME=VALUE"),
+        (("--benchmark", "procedural", "--editor", "identity", "--limit", "1", "--network", "vgg=x"), "'vgg'"),
+        (
+            ("--benchmark", "procedural", "--editor", "identity", "--limit", "1", "--preprocessing", "x"),
+            "use pie-bench",
+        ),
     ],
 )
 def test_bad_input_of_the_command(arguments, message, tmp_path, capsys):

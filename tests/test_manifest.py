@@ -24,7 +24,8 @@ from varedit.editing.manifest import (
 from varedit.editing.mask import box_mask
 from varedit.editing.replay import check_file, check_model, replay
 from varedit.editing.weights import folder_sha256, identify, identify_folder, state_sha256
-from varedit.image_processor import ImageError, encode_image, load_image
+from varedit.image_processor import ImageError, load_image
+from varedit.image_writer import encode_image, save_image
 from varedit.pipeline import load_pipeline
 from varedit.testing import tiny_pipeline
 
@@ -32,24 +33,9 @@ SIZE = (90, 60)
 MASK = box_mask((12, 8, 40, 30), SIZE)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    return load_pipeline(folder, "cpu")
+def pipeline(model_folder):
+    return load_pipeline(model_folder, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +191,9 @@ def test_damaged_manifests_are_named(change, named, manifest, tmp_path):
         read_manifest(side)
 
 
-def test_manifest_tells_no_folders_and_says_ai(manifest, folder):
+def test_manifest_tells_no_folders_and_says_ai(manifest, model_folder):
     text = json.dumps(manifest.to_json())
-    assert "/" not in manifest.input["name"] and str(folder.parent) not in text and "somewhere" not in text
+    assert "/" not in manifest.input["name"] and str(model_folder.parent) not in text and "somewhere" not in text
     assert "edited by AI" in text
     assert manifest.mask["box"] == [12, 8, 40, 30]
 
@@ -240,10 +226,10 @@ def test_weights_are_hashed_once_and_by_content(tmp_path):
     assert folder_sha256(tmp_path) != first
 
 
-def test_identity_of_models(folder, pipeline):
-    assert identify(pipeline) == identify_folder(folder)
+def test_identity_of_models(model_folder, pipeline):
+    assert identify(pipeline) == identify_folder(model_folder)
     assert identify(pipeline).kind == "files"
-    assert identify_folder(folder / "nowhere") is None
+    assert identify_folder(model_folder / "nowhere") is None
     memory = tiny_pipeline()
     assert identify(memory).kind == "memory"
     assert state_sha256(memory) == state_sha256(pipeline)
@@ -264,13 +250,13 @@ def test_replay_makes_the_same_bits(manifest, edit, pipeline, tmp_path):
     assert check_file(path, done.result)[0].startswith("file:")
 
 
-def test_replay_says_what_differs(manifest, edit, pipeline, folder, tmp_path):
+def test_replay_says_what_differs(manifest, edit, pipeline, model_folder, tmp_path):
     other = load_image(edit.source.rgb.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     done = replay(manifest, other, pipeline)
     assert [text.split(":")[0] for text in done.differences] == ["input", "mask"] and done.result is None
 
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
-    assert check_model(manifest, identify_folder(folder)) == []
+    assert check_model(manifest, identify_folder(model_folder)) == []
     assert check_model(manifest, identify_folder(tmp_path / "other"))[0].startswith("model:")
 
     loose = replace(manifest, settings=replace(manifest.settings, size=None))
@@ -294,3 +280,69 @@ def test_replay_of_a_model_from_memory(picture):
     with torch.no_grad():
         memory.transformer.head.bias[0] += 1
     assert replay(manifest, picture, memory).differences[0].startswith("model:")
+
+
+# -- replays of files made elsewhere or on another day
+
+
+@pytest.fixture
+def replayed(varedit, pipeline, model_folder, edit, manifest, tmp_path):
+    """Replay the command's file after its manifest was edited: (values to change) -> what came of it."""
+    save_image(edit.source.rgb, tmp_path / "photo.png", edit.source)
+
+    def run(**changes):
+        values = manifest.to_json()
+        for name, value in changes.items():
+            values[name] = values[name] | value if isinstance(value, dict) else value
+        side = tmp_path / "edited.bmp.varedit.json"
+        side.write_text(json.dumps(values))
+        save_image(edit.image, tmp_path / "edited.bmp", edit.source, overwrite=True)
+        return varedit("replay", tmp_path / "edited.bmp", "--model", model_folder, "--device=cpu")
+
+    return run
+
+
+def test_a_file_of_an_earlier_version_replays(replayed):
+    ran = replayed(software={"varedit": "0.0.1", "torch": "2.6.0"})
+    assert ran.code == 0 and "the same picture, bit for bit" in ran.out
+    assert "version: varedit is 0." in ran.out and "was 0.0.1" in ran.out and "was 2.6.0" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": {"sha256": "0" * 64, "name": "my_model"}}, ["model: ", "by my_model with 000000000000"]),
+        ({"input": {"sha256": "0" * 64, "width": 10}}, ["input: 90 x 60 pixels", "10 x 60", "000000000000"]),
+        ({"mask": {"sha256": "0" * 64}}, ["mask: ", "000000000000"]),
+        ({"settings": {"size": None}}, ["settings: "]),
+        ({"settings": {"temperature": 3.0}}, ["pixels: the edit came out different in the model's bits"]),
+        ({"instruction": "blur"}, ["pixels: the edit came out different in the model's bits"]),
+        ({"seed": 6}, ["pixels: the edit came out different in the model's bits"]),
+        ({"settings": {"preserve": "off"}}, ["pixels: ", "the model chose the same bits"]),
+        ({"seed": 6, "software": {"varedit": "0.0.1"}}, ["pixels: ", "version: varedit", "was 0.0.1"]),
+    ],
+)
+def test_an_edited_manifest_says_exactly_what_differs(changes, named, replayed):
+    ran = replayed(**changes)
+    assert ran.code == 1 and "edited.bmp: differs\n" in ran.out, ran
+    for text in named:
+        assert text in ran.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"settings": {"sparkle": 1}}, "'sparkle' is unknown to this version"),
+        ({"settings": {"guidance_scale": -1}}, "guidance_scale -1"),
+        ({"format": "varedit/2"}, "'varedit/2'"),
+        ({"instruction": ""}, "is empty"),
+        ({"software": 1}, "software"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(changes, named, replayed):
+    replayed(**changes).assert_refused("edited.bmp.varedit.json", named)
+
+
+def test_a_model_from_memory_is_told_apart(replayed):
+    ran = replayed(model={"kind": "memory", "sha256": "0" * 64})
+    assert ran.code == 1 and "model: " in ran.out and "came from memory" in ran.out

@@ -7,7 +7,10 @@ from PIL import Image
 
 from varedit import quantizer
 from varedit.editing.mask import (
+    TokenLock,
     box_mask,
+    changed_area,
+    free_cells,
     grow,
     image_mask,
     lock_bits,
@@ -91,6 +94,7 @@ def test_boxes_and_polygons():
         lambda: polygon_mask([(90, 90), (99, 90), (99, 99)], (40, 20)),
         lambda: parse_box("1,2,3"),
         lambda: grow(Image.new("L", (4, 4)), -1),
+        lambda: grow(Image.new("L", (4, 4)), 1.5),
     ):
         with pytest.raises(ValueError, match=r"box|polygon|grow"):
             call()
@@ -173,3 +177,47 @@ def test_outside_the_mask_the_bits_are_forced_and_the_canvas_is_theirs():
     error = (canvas - source_canvas).square().mean(1)[0]
     inside = quantizer.resize_area(mask_HW[None, None], tuple(error.shape))[0, 0]
     assert error[inside == 0].mean() < 0.2 * error[inside == 1].mean()  # locked cells stay near the source
+
+
+def test_free_cells_grow_with_the_scale():
+    schedule = scale_schedule(128)
+    for scale in range(schedule.num_scales):
+        free = free_cells(torch.tensor([0.0, 1e-6, 0.2, 0.5, 1.0]), schedule, scale).tolist()
+        assert free == [False, scale == 4, scale >= 2, True, True]
+
+
+def test_the_lock_of_the_call_forces_the_sources_bits_outside_and_frees_what_lies_inside():
+    """Bits outside are those of the residual, given what was on the canvas; a full mask and None are no lock."""
+    pipe = tiny_pipeline()
+    rng = np.random.default_rng(5)
+    pictures = [rng.integers(0, 256, (128, 128, 3), np.uint8) for _ in range(3)]
+    mask_HW = torch.zeros(128, 128)
+    mask_HW[20:70, 60:110] = 1
+    options = {"seed": [1, 2, 3], "temperature": 1.0, "output_type": "bits"}
+    free = pipe(pictures, "blur", **options)
+    locked = pipe(pictures, "blur", constrain_bits=TokenLock([mask_HW, None, torch.ones(128, 128)]), **options)
+    for index in (1, 2):
+        assert all(torch.equal(*pair) for pair in zip(locked.bits[index], free.bits[index], strict=True))
+    schedule, patch_size = locked.schedule[0], pipe.image_tokenizer.config.patch_size
+    with torch.no_grad():
+        features = pipe.image_tokenizer.encode(prepare(pictures[0], 128).image_B3HW)
+    canvas = torch.zeros_like(features)
+    for scale, part in enumerate(locked.bits[0]):
+        bits = part.permute(2, 0, 1)[None].bool()
+        outside = ~free_cells(token_coverage(mask_HW, schedule, scale, patch_size), schedule, scale)
+        wanted = quantizer.residual_bits(features, canvas, schedule, scale, patch_size)
+        assert torch.equal(bits[:, :, outside], wanted[:, :, outside])
+        canvas = quantizer.accumulate(canvas, bits)
+    assert outside.any() and not torch.equal(bits, wanted)
+    alone = pipe(pictures[0], "blur", constrain_bits=TokenLock([mask_HW]), **options | {"seed": 1})
+    assert all(torch.equal(*pair) for pair in zip(alone.bits[0], locked.bits[0], strict=True))
+
+
+def test_a_changed_area_holds_the_change_and_fades_out_around_it():
+    changed_HW = np.zeros((40, 60), bool)
+    changed_HW[10:20, 20:40] = True
+    levels = np.asarray(changed_area(changed_HW, (60, 40), 8))
+    assert (levels[6:24, 16:44][1:-1, 1:-1] > 0).all() and levels[10:20, 20:40].min() == 255
+    assert levels[15, 44] == 191 and levels[15, 47] == 0 and levels[15, 12] == 0
+    large = np.asarray(changed_area(changed_HW, (600, 400), 8))
+    assert large.shape == (400, 600) and large[150, 300] == 255 and large[50, 50] == 0

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from varedit.scales import ASPECT_RATIOS, ScaleSchedule, scale_schedule
-from varedit.training.objective import bit_accuracy, bit_losses, objective, token_weights
+from varedit.training.objective import bit_accuracy, bit_losses, edit_weights, objective, token_weights
 
 NUM_BITS = 6
 
@@ -83,6 +83,64 @@ def test_objective_of_a_batch_is_the_mean_of_its_members():
     logits_BLC2, bits_BLC = random_case(schedule)
     alone = [objective(logits_BLC2[row : row + 1], bits_BLC[row : row + 1], schedule) for row in range(2)]
     torch.testing.assert_close(objective(logits_BLC2, bits_BLC, schedule), torch.stack(alone).mean())
+
+
+def random_masks(schedule: ScaleSchedule) -> Tensor:
+    """An empty mask, a full one, one of a single pixel, and a block."""
+    masks_BHW = torch.zeros(4, *schedule.image_hw, dtype=torch.bool)
+    masks_BHW[1] = True
+    masks_BHW[2, -1, 0] = True
+    masks_BHW[3, 20:50, 30:70] = True
+    return masks_BHW
+
+
+@pytest.mark.parametrize("size, ratio", [(128, 1.0), (128, 0.333), (256, 1.5)])
+def test_edit_weights_of_factor_one_are_the_token_weights(size, ratio):
+    schedule = scale_schedule(size, ratio)
+    weights_BL = edit_weights(random_masks(schedule), schedule, 1.0)
+    torch.testing.assert_close(weights_BL, token_weights(schedule).expand(4, -1), rtol=1e-6, atol=0)
+    logits_BLC2, bits_BLC = random_case(schedule)
+    torch.testing.assert_close(
+        objective(logits_BLC2, bits_BLC, schedule, weights_BL[:2]), objective(logits_BLC2, bits_BLC, schedule)
+    )
+
+
+@pytest.mark.parametrize("factor", [1.5, 4.0, 100.0])
+@pytest.mark.parametrize("size, ratio", [(128, 1.0), (128, 0.333), (256, 1.5)])
+def test_edit_weights_count_the_tokens_that_the_mask_touches(size, ratio, factor):
+    schedule = scale_schedule(size, ratio)
+    masks_BHW = random_masks(schedule)
+    weights_BL = edit_weights(masks_BHW, schedule, factor)
+    torch.testing.assert_close(weights_BL.sum(1), torch.ones(4))
+    # Empty and full masks tell no tokens apart.
+    torch.testing.assert_close(weights_BL[:2], token_weights(schedule).expand(2, -1), rtol=1e-5, atol=0)
+    height, width = schedule.image_hw
+    for mask_HW, raised_L in zip(masks_BHW[2:], (weights_BL / token_weights(schedule))[2:]):
+        # A token reaches from its first to its last pixel, those that it shares with a neighbour included.
+        touched_L = torch.tensor(
+            [
+                bool(
+                    mask_HW[
+                        i * height // h : -(-(i + 1) * height // h), j * width // w : -(-(j + 1) * width // w)
+                    ].any()
+                )
+                for h, w in schedule.grids
+                for i in range(h)
+                for j in range(w)
+            ]
+        )
+        inside_l, outside_l = raised_L[touched_L], raised_L[~touched_L]
+        assert len(inside_l) >= schedule.num_scales and len(outside_l) > schedule.num_tokens[-1] / 2
+        torch.testing.assert_close(inside_l, inside_l[:1].expand_as(inside_l))
+        torch.testing.assert_close(outside_l, inside_l[:1].expand_as(outside_l) / factor)
+
+
+def test_objective_of_edit_weights_is_the_weighted_mean_of_the_bits():
+    schedule = scale_schedule(128)
+    logits_BLC2, bits_BLC = random_case(schedule)
+    weights_BL = edit_weights(random_masks(schedule)[2:], schedule, 5.0)
+    expected = (bit_losses(logits_BLC2, bits_BLC) * weights_BL[..., None]).sum() / (2 * NUM_BITS)
+    torch.testing.assert_close(objective(logits_BLC2, bits_BLC, schedule, weights_BL), expected)
 
 
 def test_bit_accuracy_tells_scales_apart():

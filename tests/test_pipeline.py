@@ -1,6 +1,5 @@
 """The edit call: results do not depend on what else is in it, and the loop is the model's own masked pass."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +12,10 @@ from torch import Tensor
 
 from varedit import quantizer
 from varedit.image_processor import prepare, to_pil
-from varedit.pipeline import (
-    MAX_SEED,
-    EditCancelled,
-    ScaleStep,
-    VAREditOutput,
-    VAREditPipeline,
-    default_device,
-    load_pipeline,
-)
+from varedit.pipeline import MAX_SEED, EditCancelled, SampledScale, ScaleStep, VAREditOutput, VAREditPipeline
 from varedit.sampling import guide, random_uniform, sample_bits
 from varedit.scales import nearest_schedule, scale_schedule
-from varedit.testing import tiny_image_tokenizer, tiny_pipeline, tiny_transformer
+from varedit.testing import tiny_image_tokenizer, tiny_pipeline
 from varedit.text import encode_prompts
 
 SIZE = 128
@@ -440,104 +431,61 @@ def test_callback_cancels_by_returning_false(pipeline):
     assert_same_bits(pipeline(PICTURES[0], "sepia", seed=1).bits[0], expected.bits[0])
 
 
-# -- unusable inputs -----------------------------------------------------------------------------------------------
-
-FEATURES = 32
+# -- constraints ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"guidance_scale": -0.1}, "guidance_scale -0.1 must be 0 or more"),
-        ({"guidance_scale": float("nan")}, "guidance_scale nan"),
-        ({"guidance_scale": float("inf")}, "guidance_scale inf"),
-        ({"temperature": -1}, "temperature -1 must be 0 or more"),
-        ({"temperature": float("nan")}, "temperature nan"),
-        ({"temperature": float("inf")}, "temperature inf"),
-        ({"top_p": 0}, "top_p 0 must be above 0"),
-        ({"top_p": 1.5}, "top_p 1.5 must be above 0 and at most 1"),
-        ({"top_p": float("nan")}, "top_p nan"),
-        ({"seed": -1}, "seed -1 .* between 0"),
-        ({"seed": 2**63}, "seed 9223372036854775808 .* between 0"),
-        ({"seed": [0, -5]}, "seed -5 .* between 0"),
-        ({"seed": 1.5}, "seed 1.5"),
-        ({"seed": "abc"}, "seed 'abc'"),
-        ({"size": 100}, "size 100 .* choose 128, 256, 512"),
-        ({"fit": "stretch"}, "fit 'stretch' is unknown"),
-        ({"prompt": ""}, "is empty"),
-        ({"prompt": " \n "}, "is empty"),
-        ({"prompt": ["sepia", ""]}, "is empty"),
-        ({"prompt": None}, "either prompt or prompt_embeds"),
-        ({"prompt": "x" * 10_000}, "10000 characters; shorten it to at most 2000"),
-        ({"prompt": "x" * 100}, "101 tokens; shorten it to at most 64"),
-        ({"prompt_embeds": torch.zeros(3, FEATURES)}, "either prompt or prompt_embeds"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(3, 7)}, r"\(3, 7\); pass \(tokens, 32\)"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, FEATURES)}, r"\(1, 3, 32\); pass \(tokens, 32\)"),
-        ({"prompt": None, "prompt_embeds": [torch.zeros(0, FEATURES)]}, r"\(0, 32\); pass \(tokens, 32\)"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(65, FEATURES)}, "65 tokens; .* at most 64"),
-        ({"image": "no such file.png"}, "no such file.png.* does not exist"),
-        ({"image": b"not an image"}, "not an image"),
-    ],
-)
-def test_unusable_input_is_named_with_its_fix(pipeline, arguments, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        pipeline(**{"image": PICTURES[0], "prompt": "sepia", "seed": 0} | arguments)
-    assert "\n" not in str(caught.value)
+def test_a_constraint_decides_what_goes_onto_the_canvas(pipeline):
+    """It is told of each scale as the loop sees it; its bits are those that come back and that later scales see."""
+    told: list[SampledScale] = []
+
+    def invert_first(sampled: SampledScale) -> Tensor:
+        told.append(sampled)
+        return ~sampled.bits_BChw if sampled.scale == 0 else sampled.bits_BChw
+
+    images = [PICTURES[0], PICTURES[1], PICTURES[3]]
+    free = pipeline(images, "sepia", seed=1)
+    edited = pipeline(images, "sepia", seed=1, constrain_bits=invert_first)
+    for index in range(3):
+        assert torch.equal(edited.bits[index][0], 1 - free.bits[index][0])
+        assert not torch.equal(edited.bits[index][-1], free.bits[index][-1])
+    for indices in ((0, 2), (1,)):
+        own = [sampled for sampled in told if sampled.indices == indices]
+        schedule = edited.schedule[indices[0]]
+        assert [sampled.scale for sampled in own] == list(range(NUM_SCALES))
+        with torch.no_grad():
+            features = [pipeline.image_tokenizer.encode(prepare(images[i], SIZE).image_B3HW) for i in indices]
+        for sampled in own:
+            assert (sampled.schedule, sampled.patch_size) == (schedule, 2)
+            torch.testing.assert_close(sampled.features_BChw, torch.cat(features), rtol=0, atol=FLOAT_ERROR)
+            for row, index in enumerate(indices):
+                so_far = [canvas_bits(part) for part in edited.bits[index][: sampled.scale]]
+                canvas = quantizer.decode_bits(so_far, schedule, 2) if so_far else torch.zeros(1)
+                assert torch.equal(sampled.canvas_BChw[row], canvas[0].expand_as(sampled.canvas_BChw[row]))
 
 
-def test_numpy_seeds_are_seeds(pipeline):
-    edited = pipeline(PICTURES[0], "sepia", seed=[np.int64(4), 4])
-    assert edited.seeds == [4, 4]
-    assert_same_bits(edited.bits[0], edited.bits[1])
+def test_a_constraint_that_changes_nothing_changes_nothing(pipeline):
+    same = pipeline(PICTURES, PROMPTS, seed=SEEDS, constrain_bits=lambda sampled: sampled.bits_BChw)
+    for bits, expected in zip(same.bits, pipeline(PICTURES, PROMPTS, seed=SEEDS).bits):
+        assert_same_bits(bits, expected)
 
 
-def test_size_beyond_the_model_is_refused():
-    pipeline = tiny_pipeline(size=SIZE, num_levels=7)
-    with pytest.raises(ValueError, match=re.escape("size 512 is not one that this model can use; choose 128, 256")):
-        pipeline(PICTURES[0], "sepia", size=512)
+def test_output_type_bits_is_the_same_edit_not_decoded(pipeline):
+    decoded = []
+    handle = pipeline.image_tokenizer.decoder.register_forward_hook(lambda *_: decoded.append(1))
+    try:
+        edited = pipeline(PICTURES, PROMPTS, seed=SEEDS, output_type="bits")
+    finally:
+        handle.remove()
+    assert edited.images == [] and decoded == []
+    expected = pipeline(PICTURES, PROMPTS, seed=SEEDS)
+    assert len(expected.images) == len(PICTURES) and edited.seeds == expected.seeds
+    for bits, wanted in zip(edited.bits, expected.bits):
+        assert_same_bits(bits, wanted)
 
 
-def test_a_prompt_without_a_text_encoder_is_refused(pipeline):
-    bare = VAREditPipeline(pipeline.transformer, pipeline.image_tokenizer, size=SIZE)
-    with pytest.raises(ValueError, match="no text encoder; pass prompt_embeds"):
-        bare(PICTURES[0], "sepia")
-
-
-def test_parts_of_different_models_are_refused():
-    with pytest.raises(ValueError, match="predicts 12 bits a token, the image tokenizer has 16"):
-        VAREditPipeline(tiny_transformer(num_bits=12), tiny_image_tokenizer())
-
-
-# -- loading by name -----------------------------------------------------------------------------------------------
-
-
-def test_load_pipeline_from_a_folder(pipeline, tmp_path: Path):
-    pipeline.save_pretrained(tmp_path)
-    loaded = load_pipeline(tmp_path, device="cpu")
-    assert loaded.transformer.dtype == torch.float32
-    expected = pipeline(PICTURES[0], "sepia", seed=1)
-    assert_same_bits(loaded(PICTURES[0], "sepia", seed=1).bits[0], expected.bits[0])
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"dtype": torch.float16}, "float16 is not supported"),
-        ({"device": "abacus"}, "device 'abacus' is not usable"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not usable"),
-    ],
-)
-def test_load_pipeline_refuses_what_cannot_run(tmp_path: Path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        load_pipeline(tmp_path, **{"device": "cpu"} | arguments)
-
-
-def test_load_pipeline_names_the_model_that_it_cannot_load(tmp_path: Path):
-    for name in (str(tmp_path), str(tmp_path / "no such folder"), "someone/no-such-model"):
-        with pytest.raises(ValueError, match=re.escape(name)) as caught:
-            load_pipeline(name, device="cpu")
-        assert "\n" not in str(caught.value)
-
-
-def test_default_device_is_usable():
-    torch.empty(1, device=default_device())
+def test_a_prepared_image_is_not_prepared_again(pipeline):
+    prepared = prepare(PICTURES[1], SIZE)
+    assert prepare(prepared, SIZE) is prepared
+    assert_same_bits(pipeline(prepared, "sepia", seed=1).bits[0], pipeline(PICTURES[1], "sepia", seed=1).bits[0])
+    with pytest.raises(ValueError, match="prepared for 128, 'native', not 256"):
+        pipeline(prepared, "sepia", seed=1, size=256)

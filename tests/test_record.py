@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
-from varedit.data.record import INDEX, Record, read_folder, write_folder
+from varedit.data.faults import image_hw, pixels_of
+from varedit.data.record import INDEX, Encoded, Record, read_folder, write_folder
 
 
 def record(number: int, **changes: object) -> Record:
@@ -106,3 +108,28 @@ def test_a_missing_picture_is_named(tmp_path: Path) -> None:
     found.target.unlink()
     with pytest.raises(ValueError, match="0000000_target.png cannot be read"):
         found.arrays()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(tmp_path: Path, orientation: int) -> None:
+    """However a camera was held: the stored pixels are turned as the EXIF tag says, and the mask with its own tag."""
+    shown = record(0)
+    # What is stored so that the tag's turn gives the picture back: the inverse of that turn.
+    turns = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}.get(orientation, [])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for name in ("source", "target", "mask"):
+        stored = Image.fromarray(getattr(shown, name))
+        for turn in turns:
+            stored = stored.transpose(Image.Transpose(turn))
+        stored.save(tmp_path / f"{name}.png", exif=exif)
+    files = {name: tmp_path / f"{name}.png" for name in ("source", "target", "mask")}
+    for pictures in (files, {name: Encoded(path.read_bytes(), name) for name, path in files.items()}):
+        found = record(0, **pictures)
+        assert all(np.array_equal(a, b) for a, b in zip(found.arrays(), shown.arrays()))
+        assert image_hw(found.source) == pixels_of(found.source).shape[:2] == (24, 32)
+
+
+def test_what_is_no_picture_is_named() -> None:
+    with pytest.raises(ValueError, match=r"picture row 7 cannot be read: no picture format"):
+        record(0, source=Encoded(b"nothing", "row 7")).arrays()

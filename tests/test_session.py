@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from varedit.editing.manifest import make_manifest, read_manifest
 from varedit.editing.mask import box_mask
 from varedit.editing.session import Session, SessionError
 from varedit.image_processor import ImageError, load_image
+from varedit.image_writer import save_image
+from varedit.pipeline import load_pipeline
 from varedit.testing import tiny_pipeline
 
 SIZE = (90, 60)
@@ -112,6 +116,33 @@ def test_export_is_the_step_with_the_originals_metadata(chain, tmp_path):
     assert load_image(tmp_path / "a.png").rgb.tobytes() == written.rgb.tobytes()
 
 
+def test_sixteen_bits_a_channel_stay_so(pipeline, tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (*SIZE[::-1], 3), np.uint16)
+    save_image(values, tmp_path / "photo.png")
+    session = Session.create(tmp_path / "session", tmp_path / "photo.png")
+    for index, box in enumerate(BOXES[:2]):
+        session.edit(pipeline, "blur", seed=index, settings=SENSITIVE, mask=box_mask(box, SIZE))
+    untouched = np.logical_and.reduce([np.asarray(box_mask(box, SIZE)) == 0 for box in BOXES[:2]])
+    session.export(tmp_path / "out.png")
+    for picture in (session.image(), load_image(tmp_path / "out.png")):
+        assert (picture.rgb16_HW3[untouched] == values[untouched]).all()
+        assert (picture.rgb16_HW3[~untouched] != values[~untouched]).any()
+
+
+def test_looking_and_moving_loads_neither_torch_nor_pillow(copy):
+    commands = [["log"], ["show"], ["undo"], ["branch", "3"]]
+    code = (
+        "import sys\nfrom varedit.cli import main\n"
+        f"for name, *rest in {commands}:\n"
+        f"    try: main(['session', name, {str(copy)!r}, *rest])\n"
+        "    except SystemExit as ended: assert not ended.code\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "* 3  paint it 2  (seed 2)" in done.stdout and "at step 1" in done.stdout and '"stray"' in done.stdout
+
+
 def test_an_edit_of_another_picture_is_not_recorded(chain, pipeline, photo):
     result = apply_edit(pipeline, photo, "blur", seed=1)  # of the original, not of the head
     with pytest.raises(ValueError, match="not made from step 3"):
@@ -152,6 +183,7 @@ def _change(file, **values):
         (lambda f: (f / "steps/0002/step.json").write_bytes(b"\xff\xfe"), "steps/0002/step.json"),
         (lambda f: _change(f / "steps/0002/step.json", parent=2), "the parent 2"),
         (lambda f: _change(f / "steps/0002/step.json", manifest={}), "steps/0002/step.json"),
+        (lambda f: _change(f / "steps/0002/step.json", manifest={"instruction": 1, "seed": 1}), "steps/0002"),
         (lambda f: shutil.rmtree(f / "steps/0001"), "step 1, is missing"),
     ],
 )
@@ -160,6 +192,18 @@ def test_damaged_folders_are_named(damage, named, copy):
     with pytest.raises(SessionError, match="is damaged") as caught:
         Session.open(copy)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "named"), [({"format": "varedit/9"}, "varedit/9"), ({"settings": 1}, "settings")])
+def test_a_damaged_or_later_manifest_is_named_where_it_is_needed(change, named, copy, pipeline, varedit):
+    file = copy / "steps/0002/step.json"
+    _change(file, manifest=json.loads(file.read_text())["manifest"] | change)
+    assert "paint it 1" in varedit("session", "log", copy).out
+    session = Session.open(copy)
+    assert session.replay(pipeline, 3).same
+    for use in (lambda: session.replay(pipeline, 2), lambda: session.image(2)):
+        with pytest.raises(SessionError, match=f"steps/0002/step.json: .*{named}"):
+            use()
 
 
 @pytest.mark.parametrize("file", ["original.jpg", "steps/0001/result.png", "steps/0003/mask.png"])
@@ -254,6 +298,39 @@ def test_killed_while_a_session_is_made(photo, tmp_path):
     assert count > 3 and Session.open(folder).head == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["at the first scale", "at the last scale", "while writing"])
+def test_an_edit_killed_at_any_moment_can_be_made_again(moment, model_folder, photo, tmp_path):
+    """The command itself, killed with SIGKILL; then the same edit gives the same files as one that was not killed."""
+    edit = ["edit", "--seed=5", "--box=5,5,60,40", "--device=cpu", "--model", str(model_folder)]
+    folders = [tmp_path / "killed", tmp_path / "whole"]
+    for folder in folders:
+        Session.create(folder, photo)
+    code = "import sys; from varedit.cli import main; main(['session', *sys.argv[1:]])"
+    arguments = [sys.executable, "-c", code, *edit, str(folders[0]), "paint it"]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wanted = "scale   1/5" if moment == "at the first scale" else "scale   5/5"
+    while process.poll() is None and not process.stderr.readline().startswith(wanted):
+        pass
+    while moment == "while writing" and process.poll() is None and not any((folders[0] / "steps").iterdir()):
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() in (-signal.SIGKILL, 0)
+    process.stderr.close()
+
+    session = Session.open(folders[0])  # not damaged
+    assert (len(session.steps), session.head) in {(0, 0), (1, 0), (1, 1)}
+    for number in session.steps:
+        session.image(number)
+    session.branch(0)
+    pipeline = load_pipeline(model_folder, "cpu")
+    mask = box_mask((5, 5, 60, 40), SIZE)
+    made = [Session.open(folder).edit(pipeline, "paint it", seed=5, mask=mask) for folder in folders]
+    assert _hashes(made[0].folder) == _hashes(made[1].folder)
+    for step in session.steps.values():  # made by the killed command
+        assert _hashes(step.folder) == _hashes(made[1].folder)
+
+
 def test_what_a_crash_left_is_ignored_and_swept(copy, chain, pipeline):
     for name, age in (("old", 4000), ("new", 0)):
         left = copy / "steps" / f".aside-{name}"
@@ -287,7 +364,10 @@ def test_a_full_disk_changes_nothing(copy, pipeline, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SessionError, match="No space left"):
         session.add(result, manifest)
+    with pytest.raises(SessionError, match="No space left"):
+        Session.create(copy.parent / "new", session.original)
     monkeypatch.undo()
+    assert list(copy.parent.iterdir()) == [copy]
     assert session.head == 3 and sorted(session.steps) == [1, 2, 3]
     assert sorted(path.name for path in (copy / "steps").iterdir()) == ["0001", "0002", "0003"]
     assert Session.open(copy).head == 3

@@ -164,7 +164,7 @@ def test_picture_files_are_stored_byte_for_byte(tmp_path: Path) -> None:
     found = list(read(tmp_path / "out"))
     assert all(equal(a, b) for a, b in zip(raw, found)) and len(found) == 4
     for a, b in zip(raw[:3], found[:3]):
-        assert b.source.getvalue() == a.source.read_bytes()
+        assert b.source.data == a.source.read_bytes()
 
 
 class Stop(Exception):

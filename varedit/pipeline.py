@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -59,12 +60,37 @@ class ScaleStep:
     preview: Callable[[], list[Image.Image]]
 
 
+@dataclass(frozen=True)
+class SampledScale:
+    """What a constraint is told after a scale was sampled, before its codes go onto the canvas. All of one schedule.
+
+    Attributes:
+        bits_BChw: bool, the sampled bits on the image tokenizer's own grid.
+        canvas_BChw: the canvas before this scale.
+        features_BChw: the sources' continuous features, on the image tokenizer's finest grid.
+        schedule, scale, patch_size: where in the pyramid this is.
+        indices: which images of the call the rows are.
+    """
+
+    bits_BChw: Tensor
+    canvas_BChw: Tensor
+    features_BChw: Tensor
+    schedule: ScaleSchedule
+    scale: int
+    patch_size: int
+    indices: tuple[int, ...]
+
+
+BitConstraint = Callable[[SampledScale], Tensor]
+"""The bits to put onto the canvas in place of the sampled ones: bool, the same shape."""
+
+
 @dataclass
 class VAREditOutput(BaseOutput):
     """Result of a call, one entry an image.
 
     Attributes:
-        images: RGB, of the input's width and height.
+        images: RGB, of the input's width and height; none with `output_type="bits"`.
         bits: per image, per scale: uint8 (h, w, d) on the image tokenizer's own grid.
         seeds: the seed of each image; the same seed and inputs give the same bits.
         schedule: the scale schedule of each image.
@@ -155,7 +181,18 @@ class VAREditPipeline(DiffusionPipeline):
         return pipeline
 
     def load_lora_weights(self, source: str | os.PathLike, name: str = "default") -> None:
-        """Add a LoRA adapter to the transformer, see `varedit.lora.load_lora`. Needs the extra `train`."""
+        """Load a LoRA adapter into the transformer; it is active at once, in place of others. Needs the extra `train`.
+
+        `varedit.lora` has the rest: `stack_lora` uses several together, `merge_lora` adds them into the weights,
+        `unload_lora` takes them out.
+
+        Args:
+            source: the file that training wrote, or its folder.
+            name: to tell several adapters apart.
+
+        Raises:
+            ValueError: no such file, the name is taken, or the adapter is not for this transformer.
+        """
         from varedit.lora import load_lora
 
         load_lora(self, source, name)
@@ -163,7 +200,7 @@ class VAREditPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: ImageInput | Sequence[ImageInput],
+        image: ImageInput | Prepared | Sequence[ImageInput | Prepared],
         prompt: str | Sequence[str] | None = None,
         *,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
@@ -174,6 +211,8 @@ class VAREditPipeline(DiffusionPipeline):
         size: int | None = None,
         fit: Fit | None = None,
         callback_on_scale: Callable[[ScaleStep], bool | None] | None = None,
+        constrain_bits: BitConstraint | None = None,
+        output_type: Literal["pil", "bits"] = "pil",
     ) -> VAREditOutput:
         """Edit one or more images.
 
@@ -181,7 +220,7 @@ class VAREditPipeline(DiffusionPipeline):
         on what else is in the call: random numbers are a function of (seed, scale, position, bit).
 
         Args:
-            image: anything `image_processor.load_image` takes.
+            image: anything `image_processor.prepare` takes.
             prompt: the instruction. `prompt_embeds` in its place: encoder states, (T, F) each, unpadded.
             seed: from 0 to 2**63 - 1; None draws one and reports it.
             guidance_scale: how strongly the instruction is followed; 1 is no guidance (and half the work).
@@ -189,6 +228,8 @@ class VAREditPipeline(DiffusionPipeline):
             top_p: drops a bit value when the other alone has this probability.
             size: size class; `fit`: "native" or "square". None everywhere means this model's own default.
             callback_on_scale: called after each scale; returning False cancels.
+            constrain_bits: may replace the bits of each scale, such as `editing.mask.TokenLock`.
+            output_type: "bits" leaves out the decoding.
 
         Raises:
             ValueError: an input is unusable; the message names the value and the fix.
@@ -198,6 +239,8 @@ class VAREditPipeline(DiffusionPipeline):
             *(self._default(name, value) for name, value in
               (("guidance_scale", guidance_scale), ("temperature", temperature), ("top_p", top_p)))
         )  # fmt: skip
+        if output_type not in ("pil", "bits"):
+            raise ValueError(f"output_type {output_type!r} is unknown; use 'pil' or 'bits'")
         texts = self._check_prompts(prompt, prompt_embeds)
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         wanted: list[int | None] = list(seed) if isinstance(seed, (list, tuple)) else [seed]  # type: ignore[list-item]
@@ -215,21 +258,27 @@ class VAREditPipeline(DiffusionPipeline):
         groups: dict[ScaleSchedule, list[int]] = {}
         for index, item in enumerate(prepared):
             groups.setdefault(item.schedule, []).append(index)
-        results: dict[int, tuple[Image.Image, list[Tensor]]] = {}
+        edited: dict[int, Image.Image] = {}
+        bits: dict[int, list[Tensor]] = {}
         for schedule, indices in groups.items():
-            edited, bits = self._edit(
+            inputs = [prepared[index] for index in indices]
+            canvas_BChw, scales = self._edit(
                 schedule,
-                [prepared[index] for index in indices],
+                inputs,
                 [features[index] for index in indices],
                 torch.tensor([seeds[index] for index in indices]),
                 sampling,
-                partial(_notify, callback_on_scale, tuple(indices)) if callback_on_scale else None,
+                tuple(indices),
+                callback_on_scale,
+                constrain_bits,
             )
-            results |= {index: (edited[row], [b[row] for b in bits]) for row, index in enumerate(indices)}
+            bits |= {index: [part[row] for part in scales] for row, index in enumerate(indices)}
+            if output_type == "pil":
+                edited |= zip(indices, self._decode(canvas_BChw, inputs))
         self.maybe_free_model_hooks()
         return VAREditOutput(
-            images=[results[index][0] for index in range(count)],
-            bits=[results[index][1] for index in range(count)],
+            images=[edited[index] for index in sorted(edited)],
+            bits=[bits[index] for index in range(count)],
             seeds=seeds,
             schedule=[item.schedule for item in prepared],
         )
@@ -238,20 +287,27 @@ class VAREditPipeline(DiffusionPipeline):
         self,
         schedule: ScaleSchedule,
         prepared: list[Prepared],
-        features: list[Tensor],
+        texts: list[Tensor],
         seeds_B: Tensor,
         sampling: Sampling,
-        notify: Callable | None,
-    ) -> tuple[list[Image.Image], list[Tensor]]:
-        """Edit images of one schedule together: next-scale prediction (paper section 3.1)."""
+        indices: tuple[int, ...],
+        callback_on_scale: Callable[[ScaleStep], bool | None] | None,
+        constrain_bits: BitConstraint | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Edit images of one schedule together: next-scale prediction (paper section 3.1).
+
+        Returns:
+            The canvas, and the bits of each scale, uint8 (B, h, w, d).
+        """
         started = time.monotonic()
         device, patch_size = self._execution_device, self.image_tokenizer.config.patch_size
         count = len(prepared)
         seeds_B = seeds_B.to(device)
         guided = sampling.guidance_scale != 1
         image_B3HW = torch.cat([item.image_B3HW for item in prepared]).to(device)
-        source_BChw = self._source(self.image_tokenizer.encode(image_B3HW), schedule)
-        text_BTF, text_mask_BT = (part.to(device) for part in pad_text(features))
+        features_BChw = self.image_tokenizer.encode(image_B3HW)
+        source_BChw = self._source(features_BChw, schedule)
+        text_BTF, text_mask_BT = (part.to(device) for part in pad_text(texts))
         drop_text_B = torch.zeros(count, dtype=torch.bool, device=device)
         if guided:  # the unguided branch rides in the same batch: the same source, the instruction dropped
             source_BChw, text_BTF, text_mask_BT = (torch.cat([x, x]) for x in (source_BChw, text_BTF, text_mask_BT))
@@ -271,12 +327,19 @@ class VAREditPipeline(DiffusionPipeline):
                 logits_BlC2 = guide(logits_BlC2[:count], logits_BlC2[count:], sampling.guidance_scale)
             random_BlC = random_uniform(seeds_B, scale, *logits_BlC2.shape[1:3])
             bits_BlC = sample_bits(logits_BlC2, random_BlC, sampling.temperature, sampling.top_p)
-            bits.append(quantizer.unpatchify(bits_BlC.float(), schedule.grids[scale], patch_size) > 0.5)
-            canvas_BChw = quantizer.accumulate(canvas_BChw, bits[-1])
-            if notify:
+            bits_BChw = quantizer.unpatchify(bits_BlC.float(), schedule.grids[scale], patch_size) > 0.5
+            if constrain_bits:  # outside a mask, for instance, the source's own bits
+                bits_BChw = constrain_bits(
+                    SampledScale(bits_BChw, canvas_BChw, features_BChw, schedule, scale, patch_size, indices)
+                )
+            canvas_BChw = quantizer.accumulate(canvas_BChw, bits_BChw)
+            bits.append(bits_BChw)
+            if callback_on_scale:
                 preview = partial(self._decode, canvas_BChw, prepared)
-                notify(schedule, scale, time.monotonic() - started, preview)
-        return self._decode(canvas_BChw, prepared), [b.permute(0, 2, 3, 1).to("cpu", torch.uint8) for b in bits]
+                seconds = time.monotonic() - started
+                step = ScaleStep(scale, schedule.num_scales, schedule.grids[scale], indices, seconds, preview)
+                _notify(callback_on_scale, step)
+        return canvas_BChw, [b.permute(0, 2, 3, 1).to("cpu", torch.uint8) for b in bits]
 
     # -- pieces --
 
@@ -347,10 +410,9 @@ def _repeat(values: list, count: int, name: str) -> list:
     return values * count if len(values) == 1 else values
 
 
-def _notify(callback, indices, schedule, scale, seconds, preview) -> None:
-    step = ScaleStep(scale, schedule.num_scales, schedule.grids[scale], indices, seconds, preview)
+def _notify(callback: Callable[[ScaleStep], bool | None], step: ScaleStep) -> None:
     if callback(step) is False:
-        raise EditCancelled(f"cancelled after scale {scale + 1} of {schedule.num_scales}")
+        raise EditCancelled(f"cancelled after scale {step.scale + 1} of {step.num_scales}")
 
 
 def load_pipeline(

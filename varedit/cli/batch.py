@@ -1,14 +1,23 @@
 """`varedit batch`: many pictures, many instructions, one record."""
 
+import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from varedit.cli import options
 
+if TYPE_CHECKING:
+    from varedit.editing.batch import BatchOptions, Runner
+    from varedit.editing.jobs import Job
+
 SOME_FAILED = 3
 """Exit code of a batch in which some or all pictures failed; results.jsonl says which and why."""
+
+NEWS_SECONDS = 60
+"""How often, where stderr is no terminal but a log, a line says how far the batch is."""
 
 
 def batch(  # noqa: PLR0913 - one argument an option
@@ -26,6 +35,9 @@ def batch(  # noqa: PLR0913 - one argument an option
     seed: Annotated[int, typer.Option(help="Where a job names none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a batch that was interrupted.")] = False,
     workers: Annotated[int, typer.Option(help="Processes (with --ray: actors), each with its own model.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="Of each process, on a CPU.", show_default="the cores divided among the workers")
+    ] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Run on the Ray cluster of RAY_ADDRESS, else a local one.")
     ] = False,
@@ -38,10 +50,15 @@ def batch(  # noqa: PLR0913 - one argument an option
     top_p: options.TopP = None,
     size: options.Size = None,
     fit: options.Fit = None,
+    mask_margin: options.MaskMargin = 0,
+    lock: options.Lock = "mask",
+    crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
     device: options.Device = None,
     dtype: options.Dtype = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew; replace existing outputs.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing outputs; without --resume, start anew.")
+    ] = False,
 ) -> None:
     """Edit many pictures: varedit batch jobs.csv --output edited.
 
@@ -50,55 +67,62 @@ def batch(  # noqa: PLR0913 - one argument an option
     from varedit.editing.jobs import read_jobs
 
     listed = read_jobs(jobs, instruction=instruction, seed=seed)
-    if resume and overwrite:
-        raise ValueError("--resume goes on and --overwrite starts anew; pass one of them")
+    if jobs.is_dir() and output.resolve() == jobs.resolve():
+        raise ValueError(f"--output {str(output)!r} is the folder of the pictures itself; name another")
 
     from varedit.editing.batch import BatchOptions, prepare_output, run_here
     from varedit.editing.edit import Settings
 
-    settings = Settings(guidance_scale, temperature, top_p, size, fit, preserve)
-    options = BatchOptions(model, device, dtype, settings, batch_size, workers, overwrite=overwrite)
+    settings = Settings(
+        guidance_scale, temperature, top_p, size, fit, preserve, lock=lock, mask_margin=mask_margin, crop=crop
+    )
+    how = BatchOptions(model, device, dtype, settings, batch_size, workers, threads, overwrite=overwrite)
     run = run_here
     if ray:
         from varedit.editing.ray_batch import require_ray, run_on_ray
 
         require_ray()
         run = run_on_ray
-    todo = prepare_output(output, listed, options, resume=resume)
-    failed = _run(todo, output, options, run) if todo else 0
+    todo = prepare_output(output, listed, how, resume=resume)
+    failed = _run(todo, output, how, run) if todo else 0
     skipped = f", {len(listed) - len(todo)} were done before" if len(todo) < len(listed) else ""
     typer.echo(f"{output}: {len(todo) - failed} edited, {failed} failed{skipped}")
     if failed:
         raise typer.Exit(SOME_FAILED)
 
 
-def _run(todo: list, output: Path, options: Any, run: Any) -> int:
-    """Run with a progress bar on stderr; returns how many failed, each of which has been named there."""
+def _run(todo: "list[Job]", output: Path, how: "BatchOptions", run: "Runner") -> int:
+    """Run with progress on stderr; returns how many failed, each of which has been named there."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from varedit.editing.batch import run_batch
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    columns = [TextColumn("edits"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    failed = 0
+    columns = [TextColumn("edits"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")]
+    started = told = time.monotonic()
+    done = failed = 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("edits", total=len(todo))
+        task = progress.add_task("edits", total=len(todo), left="")
 
         def report(record: dict[str, Any]) -> None:
-            nonlocal failed
-            progress.advance(task)
+            nonlocal done, failed, told
+            now = time.monotonic()
+            done += 1
+            left = _time_left(now - started, done, len(todo))
+            progress.update(task, advance=1, left=left)
             if record["status"] != "ok":
                 failed += 1
                 console.print(f"failed: line {record['line']}, {escape(record['output'])}: {escape(record['error'])}")
+            if not console.is_terminal and now - told >= NEWS_SECONDS:
+                console.print(f"{done} of {len(todo)}, {left}")
+                told = now
 
-        run_batch(todo, output, options, on_result=report, run=run)
+        run_batch(todo, output, how, on_result=report, run=run)
     return failed
+
+
+def _time_left(seconds: float, done: int, total: int) -> str:
+    """From the mean so far, the loading of the model included: rich's own estimate looks at the last seconds only."""
+    return f"{timedelta(seconds=round(seconds / done * (total - done)))} left"

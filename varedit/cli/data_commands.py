@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -55,7 +55,7 @@ def lint(
 
 
 @app.command()
-def pack(
+def pack(  # noqa: PLR0913 - one argument an option
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
     format: Format = None,
@@ -68,6 +68,26 @@ def pack(
         Path | None, typer.Option(help="Report of varedit data lint: leave out what it flags.", show_default=False)
     ] = None,
     max_skipped: MaxSkipped = 0.1,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Model or image tokenizer folder: store what it and its text encoder make of each pair, so that a "
+            "training with them need not run them.",
+            show_default=False,
+        ),
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="For --features: another folder or hub name.", show_default="the model's")
+    ] = None,
+    feature_size: Annotated[
+        list[int] | None, typer.Option(help="For --features: size classes to train at.", show_default="--size")
+    ] = None,
+    feature_fit: Annotated[
+        Literal["native", "square"], typer.Option(help="For --features: native or square, as in training.")
+    ] = "native",
+    feature_dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="For --features: float32 gives the very bits.")
+    ] = "float16",
 ) -> None:
     """Pack pairs into WebDataset shards by aspect ratio, with checksums. Run it again to continue or to verify."""
     from varedit.data.filter import read_verdicts, selected
@@ -85,7 +105,19 @@ def pack(
     name = " ".join(
         [source, *(f"only {only}" for _ in [only] if only), *(f"without {without}" for _ in [without] if without)]
     )
-    found = pack(items, output, source=name, size=size, records_per_shard=records_per_shard, max_skipped=max_skipped)
+    encoder = None
+    if features is None and (text_encoder or feature_size):
+        raise ValueError("--text-encoder and --feature-size are for --features: name a model there, or leave them out")
+    if features is not None:
+        from varedit.data.features import FeatureEncoder
+
+        encoder = FeatureEncoder(
+            features, text_encoder, sizes=feature_size or [size], fit=feature_fit, dtype=feature_dtype
+        )
+    found = pack(
+        items, output, source=name, size=size, records_per_shard=records_per_shard, max_skipped=max_skipped,
+        features=encoder,
+    )  # fmt: skip
     if complete:
         wrong = verify(output)
         if wrong:

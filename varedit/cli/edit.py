@@ -36,32 +36,34 @@ def edit(  # noqa: PLR0913 - one argument an option
     dtype: options.Dtype = None,
     mask: options.Mask = None,
     box: options.Box = None,
+    mask_margin: options.MaskMargin = 0,
+    lock: options.Lock = "mask",
+    crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
     change_map: Annotated[
         Path | None, typer.Option(help="Write a picture of where the edit changed something.", show_default=False)
     ] = None,
     best_of: Annotated[int, typer.Option(help="Try so many seeds and keep the best.")] = 1,
+    no_manifest: Annotated[
+        bool, typer.Option("--no-manifest", help="Leave out how the edit was made; it cannot be replayed then.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
 ) -> None:
     """Edit IMAGE by an INSTRUCTION: varedit edit photo.jpg "make it black and white"."""
     from varedit.editing.edit import Settings
-    from varedit.image_processor import check_output, load_image
-    from varedit.pipeline import check_prompt, check_seed
+    from varedit.image_processor import load_image
 
     # Everything that can be refused is refused before the model is loaded.
+    options.check_request(instruction, seed)
     source = load_image(image)
     target = output or default_output(image)
-    for path in filter(None, (target, change_map)):
-        if path.exists() and not overwrite:
-            raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or another name")
-        check_output(path, overwrite=overwrite)
-    check_prompt(instruction)
-    if seed is not None:
-        check_seed(seed)
+    check_outputs(target, change_map, overwrite=overwrite, manifest=not no_manifest)
     if preserve == "off" and change_map is not None:
         raise ValueError("--change-map needs a change map, which --preserve off does not make; drop one of them")
-    settings = Settings(guidance_scale, temperature, top_p, size, fit, preserve)
-    area = _area(mask, box, (source.width, source.height))
+    settings = Settings(
+        guidance_scale, temperature, top_p, size, fit, preserve, lock=lock, mask_margin=mask_margin, crop=crop
+    )
+    area = options.edit_area(mask, box, (source.width, source.height), mask_margin)
 
     started = time.monotonic()
     pipeline = load_model(model, device, dtype)
@@ -70,28 +72,56 @@ def edit(  # noqa: PLR0913 - one argument an option
     edited = time.monotonic()
 
     from varedit.editing.manifest import make_manifest, save_with_manifest
-    from varedit.image_processor import save_image
+    from varedit.image_writer import save_image
 
-    manifest = make_manifest(result, pipeline, input_name=image.name, mask_name=mask.name if mask else None)
-    save_with_manifest(result.image, target, manifest, source, overwrite=overwrite)
+    if no_manifest:
+        save_image(result.pixels, target, source, overwrite=overwrite)
+    else:
+        manifest = make_manifest(result, pipeline, input_name=image.name, mask_name=mask.name if mask else None)
+        save_with_manifest(result.pixels, target, manifest, source, overwrite=overwrite)
     if change_map is not None and result.change_map is not None:
         save_image(result.change_map.draw(source.rgb), change_map, overwrite=overwrite)
-    mean, share = amount_changed(source.rgb, result.image)
     typer.echo(f"{target}: {source.width} x {source.height} pixels, seed {result.seed}")
     typer.echo(f"edited in {edited - loaded:.2f} s (model loaded in {loaded - started:.1f} s)")
+    for line in describe(result):
+        typer.echo(line)
+
+
+def check_outputs(target: Path, change_map: Path | None, *, overwrite: bool, manifest: bool) -> None:
+    """Refuse output files that could not be written, or that exist and must not be replaced."""
+    from varedit.image_writer import check_output
+
+    paths = [path for path in (target, change_map) if path is not None]
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise ValueError(f"the edit and its change map would both be written to {str(target)!r}; name two files")
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or another name")
+        check_output(path, overwrite=overwrite)
+    if manifest:
+        from varedit.editing.manifest import EMBEDDING_SUFFIXES, check_side_file
+
+        if target.suffix.lower() not in EMBEDDING_SUFFIXES:
+            check_side_file(target, overwrite=overwrite)
+
+
+def describe(result: "EditResult") -> list[str]:
+    """What became of the picture, in lines for people."""
+    lines = []
+    if result.box is not None:
+        left, top, right, bottom = result.box
+        lines.append(f"edited by itself: the {right - left} x {bottom - top} pixels at {left},{top}")
+    if result.motion is not None:
+        motion = result.motion
+        what = "put back" if result.aligned else "left so, since the edit is one of the whole picture"
+        lines.append(
+            f"the model moved the picture by {motion.shift_x:.1f}, {motion.shift_y:.1f} pixels and zoomed it by "
+            f"{motion.zoom:.3f}; {what}"
+        )
+    mean, share = amount_changed(result.source.rgb, result.image)
     kind = f"{result.change_map.kind} change; " if result.change_map else ""
-    typer.echo(f"{kind}changed by {mean:.1f} of 255 levels on average; {share:.0%} of the pixels noticeably")
-
-
-def _area(mask: Path | None, box: str | None, size: tuple[int, int]) -> "Image.Image | None":
-    """The mask of --mask or --box at the image's size (width, height)."""
-    from varedit.editing.mask import box_mask, image_mask, parse_box
-
-    if mask is not None and box is not None:
-        raise ValueError("--mask and --box both say where to edit; pass one of them")
-    if box is not None:
-        return box_mask(parse_box(box), size)
-    return image_mask(mask, size) if mask is not None else None
+    lines.append(f"{kind}changed by {mean:.1f} of 255 levels on average; {share:.0%} of the pixels noticeably")
+    return lines
 
 
 def _edit(
@@ -122,7 +152,8 @@ def default_output(image: Path) -> Path:
     """photo.jpg -> photo.edited.jpg; a suffix that cannot be written (photo.gif, photo) -> photo.edited.png."""
     from PIL import Image
 
-    from varedit.image_processor import ImageError, encode_image
+    from varedit.image_processor import ImageError
+    from varedit.image_writer import encode_image
 
     try:
         encode_image(Image.new("RGB", (1, 1)), image.suffix)

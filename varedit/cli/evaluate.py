@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from varedit.evaluation.cases import Benchmark
+    from varedit.evaluation.chat import Budget
 
 app = typer.Typer(help="Benchmarks, scores and reports that anyone can repeat.", no_args_is_help=True)
 
@@ -40,52 +41,71 @@ def run(  # noqa: PLR0913 - one argument an option
     reader: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the benchmark's reader, such as bad_captions=drop.")
     ] = None,
+    preprocessing: Annotated[
+        str | None,
+        typer.Option(help="For CLIP: pie-bench, magicbrush or ip2p.", show_default="the benchmark's"),
+    ] = None,
+    network: Annotated[
+        list[str] | None, typer.Option(help="ROLE=NAME: another network or folder as clip, dino or structure.")
+    ] = None,
     judge_url: Annotated[str | None, typer.Option(help="OpenAI-style endpoint of a judge, up to /v1.")] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's model.")] = "gpt-4o",
     judge_rules: Annotated[
         str | None, typer.Option(help="paper, viescore or imgedit.", show_default="the benchmark's")
     ] = None,
-    judge_prices: Annotated[
-        str | None, typer.Option(help="IN,OUT for a million tokens; says what judging cost.", show_default="none")
-    ] = None,
+    judge_temperature: Annotated[float, typer.Option(help="0 takes the likeliest answer.")] = 0.0,
     judge_repeats: Annotated[int, typer.Option(help="How often each case is judged.")] = 1,
+    judge_prices: Annotated[
+        str | None, typer.Option(help="IN,OUT for a million tokens; says what judging costs.", show_default="none")
+    ] = None,
+    judge_limit: Annotated[
+        float | None, typer.Option(help="The most that judging may cost at these prices.", show_default="none")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Cases at once, for endpoints, commands and the judge.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Cases in one call of our own pipeline.")] = 8,
     shard: Annotated[str, typer.Option(help="I/N: generate only this part; score when all parts are done.")] = "0/1",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.", show_default="the best at hand")] = None,
 ) -> None:
     """Generate what is missing, then score: writes OUTPUT/scores.json."""
+    from varedit.data.judge_client import JudgeClient
     from varedit.evaluation import scores
-    from varedit.evaluation.benchmarks import backbones_of, load
+    from varedit.evaluation.benchmarks import load
+    from varedit.evaluation.chat import Chat
     from varedit.evaluation.editors import make_editor
+    from varedit.evaluation.features import backbones_of
     from varedit.evaluation.generate import generate
-    from varedit.evaluation.judge import make_judge
+    from varedit.evaluation.judge import Judge, default_rules
 
-    part = _shard(shard)
-    cases = load(benchmark, data, size=size, limit=limit, options=_reader_options(reader or []))
+    part, budget = _shard(shard), _budget(judge_prices, judge_limit)
+    for name, value in (("workers", workers), ("batch-size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: use at least 1")
+    cases = load(benchmark, data, size=size, limit=limit, options=_pairs("reader", reader))
     names = cases.metrics if metrics is None else tuple(name for name in metrics.split(",") if name not in ("", "none"))
-    models = backbones_of(cases.name, device or "cpu")
+    models = backbones_of(cases.name, device or "cpu", preprocessing, _pairs("network", network))
     scores.check_metrics(names, models)
-    prices = _prices(judge_prices)
     judge = None
     if judge_url is not None:
-        judge = make_judge(
-            cases.name, judge_url, judge_model, output / "judge", rules=judge_rules, repeats=judge_repeats
-        )
+        rules = judge_rules or default_rules(cases.name)
+        client = JudgeClient(judge_url, judge_model, judge_temperature)
+        judge = Judge(Chat(client, output / "judge", budget=budget), rules, judge_repeats)
     if not names and judge is None:
         raise ValueError(f"{benchmark} is scored by a judge: give --judge-url, or choose --metrics")
-    if workers < 1:
-        raise ValueError(f"workers is {workers}: use at least 1")
+    if editor.startswith(("varedit", "diffusers:")):
+        _quiet()
     with _progress("generate", cases) as step:
         done = generate(
-            cases, make_editor(editor, device), output, seed=seed, workers=workers, shard=part, on_case=step
-        )
+            cases, make_editor(editor, device), output, seed=seed, workers=workers, batch_size=batch_size, shard=part,
+            on_case=step,
+        )  # fmt: skip
     typer.echo(f"{output}: {done.done} edited, {done.skipped} found done, {len(done.failed)} failed")
     if part[1] > 1:
         typer.echo(f"part {shard} is done; run once more without --shard to score")
         return
     if judge is not None:
+        typer.echo(judge.estimate(cases, output), err=True)
         judge.prepare(cases, output, workers)
-        typer.echo(judge.chat.account(prices), err=True)
+        typer.echo(judge.chat.account(), err=True)
     with _progress("score", cases) as step:
         result = scores.score(cases, output, names, models, judge, on_case=step)
     _show(result, output)
@@ -98,21 +118,36 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _reader_options(pairs: list[str]) -> dict[str, str]:
-    for pair in pairs:
+def _pairs(option: str, pairs: list[str] | None) -> dict[str, str]:
+    for pair in pairs or []:
         if "=" not in pair:
-            raise ValueError(f"reader option {pair!r} lacks a value; use NAME=VALUE")
-    return dict(pair.split("=", 1) for pair in pairs)
+            raise ValueError(f"--{option} {pair!r} lacks a value; use NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs or [])
 
 
-def _prices(text: str | None) -> tuple[float, float] | None:
-    if text is None:
+def _budget(prices: str | None, limit: float | None) -> "Budget | None":
+    from varedit.evaluation.chat import Budget
+
+    if prices is None:
+        if limit is not None:
+            raise ValueError(f"judge limit {limit:g} means nothing without prices; add --judge-prices IN,OUT")
         return None
     try:
-        first, second = (float(part) for part in text.split(","))
+        first, second = (float(part) for part in prices.split(","))
     except ValueError as error:
-        raise ValueError(f"judge prices {text!r} are not two numbers; use IN,OUT such as 2.5,10") from error
-    return first, second
+        raise ValueError(f"judge prices {prices!r} are not two numbers; use IN,OUT such as 2.5,10") from error
+    if not (first >= 0 and second >= 0 and (limit is None or limit >= 0)):
+        raise ValueError(f"judge prices {prices!r} with the limit {limit} are no costs; use numbers of at least 0")
+    return Budget((first, second), limit)
+
+
+def _quiet() -> None:
+    """No bars of other libraries beside our own."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _progress(label: str, cases: "Benchmark") -> Any:
@@ -137,7 +172,9 @@ def _show(result: dict[str, Any], output: Path) -> None:
 
     from varedit.evaluation.report import summary_table
 
-    Console().print(summary_table(result))
+    table = summary_table(result)
+    needed = Console(width=1000).measure(table).maximum
+    Console(width=max(Console().width, needed)).print(table)  # rather a long line than cut numbers
     failed = result["cases"]["failed"]
     typer.echo(f"{result['cases']['scored']} of {result['cases']['total']} cases scored: {output / 'scores.json'}")
     if failed:
@@ -171,7 +208,7 @@ def paper_table(
         list[Path] | None, typer.Argument(help="Own runs to put into the table.", show_default=False)
     ] = None,
 ) -> None:
-    """The paper's Table 1, and where one's own runs stand."""
+    """The paper's Table 1, and where one's own runs would stand."""
     from rich.console import Console
 
     from varedit.evaluation.paper import table

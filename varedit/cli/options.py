@@ -1,9 +1,12 @@
 """Options that several commands share: one wording, one type. None means the model's own default."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MODELS = "the model's"
 
@@ -28,5 +31,35 @@ Mask = Annotated[
 Box = Annotated[
     str | None, typer.Option(help="X,Y,WIDTH,HEIGHT of the area to edit, in pixels.", show_default="everywhere")
 ]
+MaskMargin = Annotated[int, typer.Option(help="Grow the area by so many pixels, so that nothing is cut off.")]
+Lock = Annotated[
+    Literal["mask", "two-pass", "off"],
+    typer.Option(help="Hold the tokens outside the area; two-pass: outside what a first pass changed."),
+]
+Crop = Annotated[
+    Literal["auto", "off"], typer.Option(help="Edit a small area of a large picture at the model's full size.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="the best at hand")]
 Dtype = Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Precision.", show_default="by device")]
+
+
+def check_request(instruction: str, seed: int | None) -> None:
+    """Refuse, before the model is loaded, what no model can do."""
+    from varedit.pipeline import check_prompt, check_seed
+
+    check_prompt(instruction)
+    if seed is not None:
+        check_seed(seed)
+
+
+def edit_area(mask: Path | None, box: str | None, size: tuple[int, int], mask_margin: int = 0) -> "Image.Image | None":
+    """The mask of --mask or --box at the image's size (width, height); None lets the edit go everywhere."""
+    from varedit.editing.mask import box_mask, image_mask, parse_box
+
+    if mask is not None and box is not None:
+        raise ValueError("--mask and --box both say where to edit; pass one of them")
+    if mask_margin and mask is None and box is None:
+        raise ValueError(f"--mask-margin {mask_margin} grows the area of --mask or --box; pass one of them too")
+    if box is not None:
+        return box_mask(parse_box(box), size)
+    return image_mask(mask, size) if mask is not None else None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from varedit.editing.manifest import Manifest
-    from varedit.editing.replay import Replay
+    from varedit.pipeline import VAREditPipeline
 
 DIFFERS = 1
 """Exit code of a replay that did not make the same picture."""
@@ -49,17 +49,18 @@ def replay(
         _replay_session(file, model, device, dtype)
         return
 
+    from varedit.cli.edit import check_outputs
     from varedit.editing.manifest import SIDE_SUFFIX, read_manifest, save_with_manifest
     from varedit.editing.replay import check_file, check_inputs, check_model
     from varedit.editing.replay import replay as replay_edit
     from varedit.editing.weights import identify_folder
-    from varedit.image_processor import check_output, load_image
+    from varedit.image_processor import load_image
 
     manifest = read_manifest(file)
     if manifest is None:
         raise ValueError(f"{str(file)!r} has no manifest, and there is none beside it; it cannot be replayed")
     if output is not None:
-        check_output(output, overwrite=overwrite)
+        check_outputs(output, None, overwrite=overwrite, manifest=True)
     source = load_image(input or _beside(file, manifest.input.get("name"), "input"))
     area = _mask(manifest, file, mask, (source.width, source.height))
     found = check_inputs(manifest, source, area) + check_model(manifest, identify_folder(model))
@@ -81,7 +82,7 @@ def replay(
             input_name=manifest.input.get("name"),
             mask_name=(manifest.mask or {}).get("name"),
         )
-        save_with_manifest(done.result.image, output, again, source, overwrite=overwrite)
+        save_with_manifest(done.result.pixels, output, again, source, overwrite=overwrite)
     _tell(file, found, done.notes)
 
 
@@ -95,7 +96,7 @@ def _replay_session(folder: Path, model: str | None, device: str | None, dtype: 
     if not session.steps:
         raise ValueError(f"{str(folder)!r} has no steps yet; there is nothing to replay")
     identity = identify_folder(model)
-    pipelines: dict[str, object] = {}
+    pipelines: dict[str, VAREditPipeline] = {}
     differing = 0
     for number, step in sorted(session.steps.items()):
         found = check_model(step.manifest, identity)
@@ -104,7 +105,7 @@ def _replay_session(folder: Path, model: str | None, device: str | None, dtype: 
             precision = dtype or step.manifest.device.get("dtype", "")
             if precision not in pipelines:
                 pipelines[precision] = _load_like(step.manifest, model, device, dtype)
-            done: Replay = session.replay(pipelines[precision], number)  # type: ignore[arg-type]
+            done = session.replay(pipelines[precision], number)
             found, notes = list(done.differences), done.notes
         differing += bool(found)
         typer.echo(f"step {number}: {'; '.join([*found, *notes]) if found else 'the same picture'}")
@@ -134,7 +135,7 @@ def _mask(manifest: "Manifest", file: Path, given: Path | None, size: tuple[int,
     return image_mask(_beside(file, manifest.mask.get("name"), "mask"), size)
 
 
-def _load_like(manifest: "Manifest", model: str | None, device: str | None, dtype: str | None):
+def _load_like(manifest: "Manifest", model: str | None, device: str | None, dtype: str | None) -> "VAREditPipeline":
     """The model in the precision of the edit. Only where to find it is never taken from a file."""
     from varedit.cli.edit import load_model
 

@@ -38,32 +38,27 @@ def edit(  # noqa: PLR0913 - one argument an option
     top_p: options.TopP = None,
     size: options.Size = None,
     fit: options.Fit = None,
+    mask_margin: options.MaskMargin = 0,
+    lock: options.Lock = "mask",
+    crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
     """Edit the picture that the session is at."""
     from varedit.editing.session import Session
-    from varedit.pipeline import check_prompt, check_seed
 
     session = Session.open(folder)
-    check_prompt(instruction)
-    if seed is not None:
-        check_seed(seed)
-    source = session.image()
 
     from varedit.cli.edit import load_model, report_scale
     from varedit.editing.edit import Settings
-    from varedit.editing.mask import box_mask, image_mask, parse_box
 
-    settings = Settings(guidance_scale, temperature, top_p, size, fit, preserve)
-    if mask is not None and box is not None:
-        raise ValueError("--mask and --box both say where to edit; pass one of them")
-    area = None
-    if mask is not None:
-        area = image_mask(mask, (source.width, source.height))
-    elif box is not None:
-        area = box_mask(parse_box(box), (source.width, source.height))
+    options.check_request(instruction, seed)
+    source = session.image()
+    settings = Settings(
+        guidance_scale, temperature, top_p, size, fit, preserve, lock=lock, mask_margin=mask_margin, crop=crop
+    )
+    area = options.edit_area(mask, box, (source.width, source.height), mask_margin)
     step = session.edit(
         load_model(model, device, dtype),
         instruction,
@@ -74,7 +69,7 @@ def edit(  # noqa: PLR0913 - one argument an option
     )
     change = step.manifest.change
     changed = f", {change['kind']} change of {change['area']:.0%} of the picture" if change else ""
-    typer.echo(f"{folder}: step {step.number} from {step.parent}, seed {step.manifest.seed}{changed}")
+    typer.echo(f"{folder}: step {step.number} from {step.parent}, seed {step.seed}{changed}")
 
 
 @app.command()
@@ -113,8 +108,7 @@ def log(folder: _Folder) -> None:
 
     trees = {0: Tree(line(0, session.original_name))}
     for number, step in sorted(session.steps.items()):
-        text = f"{step.manifest.instruction}  (seed {step.manifest.seed})"
-        trees[number] = trees[step.parent].add(line(number, text))
+        trees[number] = trees[step.parent].add(line(number, f"{step.instruction}  (seed {step.seed})"))
     Console(soft_wrap=True, highlight=False).print(trees[0])
 
 
@@ -135,7 +129,7 @@ def show(
     if number:
         item = session.steps[number]
         files = [path for path in (item.result, item.change_map, item.mask) if path.exists()]
-        found |= {"parent": item.parent, "files": [str(path) for path in files], "manifest": item.manifest.to_json()}
+        found |= {"parent": item.parent, "files": [str(path) for path in files], "manifest": item.record}
     else:
         found |= {"parent": None, "files": [str(session.original)], "manifest": None}
     typer.echo(json.dumps(found, indent=2))

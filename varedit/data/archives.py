@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from varedit.data.faults import Encoded, FaultError, Skipped
+from varedit.data.faults import FaultError, Skipped
+from varedit.data.record import Encoded
 
 logger = logging.getLogger(__name__)
 

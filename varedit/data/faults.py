@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags
 
-from varedit.data.record import Record
+from varedit.data.record import READ_ERRORS, Picture, Record, open_picture, reason, upright_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +25,6 @@ Fault = Literal[
     "bad row",
 ]
 FAULTS: tuple[str, ...] = get_args(Fault)
-
-# What decoders raise on damaged files; `Record.arrays` turns only OSError into ValueError.
-READ_ERRORS = (ValueError, OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
@@ -56,23 +49,6 @@ class Skipped:
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.fault}: {self.detail}"
-
-
-class Encoded(io.BytesIO):
-    """The bytes of a picture file out of an archive or a table, usable wherever a picture's path is.
-
-    It keeps pairs as small as they are on disk until their pixels are asked for, and lets packing store the very bytes.
-    """
-
-    def __init__(self, data: bytes, name: str) -> None:
-        super().__init__(data)
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.name
-
-
-Picture = Path | Encoded | np.ndarray
 
 
 class FaultError(Exception):
@@ -119,7 +95,7 @@ def image_hw(picture: Picture) -> tuple[int, int]:
     if isinstance(picture, np.ndarray):
         return int(picture.shape[0]), int(picture.shape[1])
     try:
-        with Image.open(picture) as image:
+        with open_picture(picture) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
             return (image.width, image.height) if turned else (image.height, image.width)
     except READ_ERRORS as error:
@@ -132,11 +108,8 @@ def pixels_of(picture: Picture) -> np.ndarray:
     Raises:
         FaultError: "missing image" or "unreadable image".
     """
-    if isinstance(picture, np.ndarray):
-        return picture
     try:
-        with Image.open(picture) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return upright_pixels(picture)
     except READ_ERRORS as error:
         raise _named(picture, error) from error
 
@@ -144,9 +117,7 @@ def pixels_of(picture: Picture) -> np.ndarray:
 def _named(picture: Picture, error: Exception) -> FaultError:
     if isinstance(error, FileNotFoundError):
         return FaultError("missing image", f"{picture} does not exist")
-    # Pillow names a stream by its address in memory, which says nothing to anyone.
-    reason = "no picture format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return FaultError("unreadable image", f"{picture}: {reason}")
+    return FaultError("unreadable image", f"{picture}: {reason(error)}")
 
 
 def checked_record(
@@ -169,7 +140,7 @@ def checked_record(
             return Skipped(origin, "sizes differ", sizes)
     except FaultError as error:
         return Skipped(origin, error.fault, str(error))
-    return Record(source, target, instructions, origin=origin, **fields)  # type: ignore[arg-type]
+    return Record(source, target, instructions, origin=origin, **fields)
 
 
 @dataclass

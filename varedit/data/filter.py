@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from PIL import Image
 
-from varedit.data.faults import FaultError, Picture, Skipped, image_hw, pixels_of
+from varedit.data.faults import FaultError, Skipped, image_hw, pixels_of
 from varedit.data.judge_client import JudgeClient, image_part, json_answer
-from varedit.data.record import Record
+from varedit.data.record import Picture, Record
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def estimate(
         num_calls += 1
         characters = len(SYSTEM) + len(QUESTION) + len(item.instruction)
         prompt += math.ceil(characters / CHARACTERS_PER_TOKEN)
-        prompt += sum(_image_tokens(cast(Picture, picture)) for picture in (item.source, item.target))
+        prompt += sum(_image_tokens(picture) for picture in (item.source, item.target))
     answers = num_calls * ANSWER_TOKENS
     cost = None
     if price_in is not None or price_out is not None:
@@ -325,7 +325,7 @@ def _verdict(
     if isinstance(item, Skipped):
         return Verdict(position, item.origin, False, None, None, f"{item.fault}: {item.detail}")
     try:
-        images = [_sent(cast(Picture, picture)) for picture in (item.source, item.target)]
+        images = [_sent(picture) for picture in (item.source, item.target)]
     except FaultError as error:
         return Verdict(position, item.origin, False, None, None, f"{error.fault}: {error}")
     question = QUESTION.format(instruction=item.instruction)

@@ -6,12 +6,14 @@ import base64
 import http.client
 import json
 import logging
+import math
 import os
 import random
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,14 @@ class JudgeError(ValueError):
     """The endpoint refuses, or did not answer after all tries. The message is one line, with the fix."""
 
 
+class JudgeAccessError(JudgeError):
+    """A wrong key, address or model: no other question would fare better."""
+
+
+class JudgeSilentError(JudgeError):
+    """No answer after all tries."""
+
+
 @dataclass
 class JudgeClient:
     """One endpoint and one model. Safe to use from several threads, which then wait together when told to slow down.
@@ -32,6 +42,7 @@ class JudgeClient:
     Attributes:
         url: Base address such as `http://127.0.0.1:8000/v1`, or the full one of `/chat/completions`.
         model: Name the endpoint knows.
+        temperature: Of the answers; 0 takes the likeliest words.
         max_tokens: Of an answer.
         timeout_s: For one try.
         max_retries: Tries after the first, for rate limits, server errors and lost connections.
@@ -41,6 +52,7 @@ class JudgeClient:
 
     url: str
     model: str
+    temperature: float = 0.0
     max_tokens: int = 512
     timeout_s: float = 120.0
     max_retries: int = 6
@@ -53,6 +65,8 @@ class JudgeClient:
             raise ValueError(f"judge url {self.url!r} is no address: use one such as http://127.0.0.1:8000/v1")
         if not self.model:
             raise ValueError("judge model is empty: name a model that the endpoint serves")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"judge temperature is {self.temperature}: use 0 to 2")
         address = self.url.rstrip("/")
         self._address = address if address.endswith("/chat/completions") else address + "/chat/completions"
         self._key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "")
@@ -60,15 +74,19 @@ class JudgeClient:
         self._quiet_until = 0.0
 
     def ask(self, messages: list[dict[str, Any]]) -> str:
-        """The model's answer as text, at temperature 0.
+        """The model's answer as text.
 
         Args:
             messages: As the chat API takes them.
 
         Raises:
-            JudgeError: Refused (a wrong key, address or model), or no answer after all tries.
+            JudgeAccessError: A wrong key, address or model.
+            JudgeSilentError: No answer after all tries.
+            JudgeError: This question is refused.
         """
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+        body = {
+            "model": self.model, "messages": messages, "temperature": self.temperature, "max_tokens": self.max_tokens,
+        }  # fmt: skip
         data = json.dumps(body).encode("utf-8")
         reason = ""
         for attempt in range(self.max_retries + 1):
@@ -78,9 +96,8 @@ class JudgeClient:
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {_first_words(error)}"
                 if error.code not in _PASSING:
-                    raise JudgeError(
-                        f"{self._address} refuses model {self.model!r}: {reason}; {_fix(error.code)}"
-                    ) from error
+                    kind = JudgeAccessError if error.code in (401, 403, 404) else JudgeError
+                    raise kind(f"{self._address} refuses model {self.model!r}: {reason}; {_fix(error.code)}") from error
                 pause = _retry_after(error.headers.get("Retry-After"))
             except (
                 OSError,
@@ -91,7 +108,7 @@ class JudgeClient:
             logger.info("%s: %s (try %d)", self._address, reason, attempt + 1)
             if attempt < self.max_retries:
                 self._pause(attempt, pause)
-        raise JudgeError(
+        raise JudgeSilentError(
             f"{self._address} gave no answer in {self.max_retries + 1} tries ({reason}); start it, or try again later"
         )
 
@@ -135,6 +152,21 @@ class _BadReplyError(Exception):
 def image_part(data: bytes, kind: str = "jpeg") -> dict[str, Any]:
     """A picture as a part of a chat message."""
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def estimate_tokens(characters: int, sizes: Iterable[tuple[int, int]]) -> int:
+    """About how many prompt tokens a text and some pictures cost; rather too many than too few.
+
+    Args:
+        sizes: Height and width of each picture. The larger of two published rules counts: OpenAI's (tiles of 512 pixels
+            after fitting the picture into 2,048 with a short side of 768) and Qwen's (patches of 28 pixels).
+    """
+    total = math.ceil(characters / 4)
+    for height, width in sizes:
+        scale = min(1.0, 2048 / max(height, width), 768 / min(height, width))
+        tiles = math.ceil(height * scale / 512) * math.ceil(width * scale / 512)
+        total += max(85 + 170 * tiles, math.ceil(height / 28) * math.ceil(width / 28))
+    return total
 
 
 def json_answer(text: str) -> dict[str, Any] | None:

@@ -7,13 +7,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from varedit.data.alignment import find_motion
-from varedit.data.faults import FAULTS, FaultError, Picture, Skipped, pixels_of
+from varedit.data.faults import FAULTS, FaultError, Skipped, pixels_of
 from varedit.data.record import Record
 from varedit.data.wording import contradiction, foreign, is_empty
 
@@ -40,10 +40,10 @@ GLOBAL_TYPES = {"tone", "style", "weather", "background", "global", "season", "t
 # Words of instructions that may change every pixel, or move them all.
 _GLOBAL_WORDS = re.compile(
     r"\b(backgrounds?|backdrop|behind|setting|scene|scenery|sky|image|picture|photo|photograph|everything|whole|entire"
-    r"|all|style|painting|drawing|sketch|cartoon|anime|watercolou?r|pixel|render\w*|filter|tones?|brightness|contrast"
-    r"|brighte\w+|darke\w+|lighting|lights?|exposure|saturat\w+|desaturat\w+|colou?rful|vivid|greyscale|grayscale"
+    r"|all|every|style|painting|drawing|sketch|cartoon|anime|watercolou?r|pixel|render\w*|filter|tones?|brightness|contrast"
+    r"|brighte\w+|darke\w+|lighting|lights?|exposure|saturat\w+|desaturat\w+|colou?rs|colou?rful|vivid|greyscale|grayscale"
     r"|monochrome|black and white|sepia|negative|invert\w*|warmer|cooler|colder|blur\w*|sharpe\w+|soft\w*|noise|fog\w*"
-    r"|mist\w*|snow\w*|rain\w*|storm\w*|weather|sunn?\w*|night\w*|day\w*|dusk|dawn|summer|winter|spring|autumn|fall"
+    r"|mist\w*|snow\w*|rain\w*|downpour|storm\w*|weather|sunn?\w*|night\w*|day\w*|dusk|dawn|summer|winter|spring|autumn|fall"
     r"|season|vintage|retro|tint\w*|hue|it|zoom\w*|crop\w*|camera|angle|view\w*|closer|perspective)\b"
 )
 _MOVING_WORDS = re.compile(
@@ -152,7 +152,7 @@ def _checks(
     """Check and detail of everything wrong with one pair; its pictures are left in `pixels`."""
     yield from _word_checks(record, options.language)
     try:
-        pixels += [pixels_of(cast(Picture, record.source)), pixels_of(cast(Picture, record.target))]
+        pixels += [pixels_of(record.source), pixels_of(record.target)]
     except FaultError as error:
         pixels.clear()
         yield error.fault, str(error)

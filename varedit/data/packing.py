@@ -12,16 +12,20 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from varedit import __version__
-from varedit.data.faults import MAX_SKIPPED, READ_ERRORS, Encoded, Picture, Skipped, Tally, image_hw, skip_faults
-from varedit.data.record import Record
-from varedit.data.shards import INDEX, LAYOUT, is_packed
+from varedit.data.faults import MAX_SKIPPED, Skipped, Tally, image_hw, skip_faults
+from varedit.data.record import READ_ERRORS, Encoded, Picture, Record, open_picture, upright_pixels
+from varedit.data.shards import FEATURES, INDEX, LAYOUT, is_packed
+from varedit.image_reader import load_image
 from varedit.scales import SIZES, nearest_schedule
+
+if TYPE_CHECKING:
+    from varedit.data.features import FeatureEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class Shard:
         file: Name in the folder. bucket: Height over width of its aspect template.
         count: Pairs in it. num_bytes, sha256: Of the file.
         num_taken: Pairs of the source it answers for: those in it and those that could not be stored. content: Digest
-            of their origins and instructions, by which a resumed run knows its source again.
+            of their places, origins and instructions, by which a resumed run knows its source again.
         origins: Pairs by the first word of their origin. licences: Pairs by licence.
     """
 
@@ -74,11 +78,13 @@ def pack(
     size: int = 512,
     records_per_shard: int = RECORDS_PER_SHARD,
     max_skipped: float = MAX_SKIPPED,
+    features: FeatureEncoder | None = None,
 ) -> PackReport:
     """Write pairs into shards by aspect bucket, pixels unchanged.
 
-    Picture files are stored byte for byte (png, jpeg, webp), arrays as png. A shard gets its name when it is complete,
-    and only complete shards count: an interrupted run is continued by the same call and ends in the same bytes.
+    Picture files are stored byte for byte (png, jpeg, webp), arrays as png. A pair's key is its place in the source,
+    so that sorted keys give its order back. A shard gets its name when it is complete, and only complete shards count:
+    an interrupted run is continued by the same call and ends in the same bytes.
 
     Args:
         items: What `read` yields, in an order that does not change between runs.
@@ -87,6 +93,7 @@ def pack(
         size: Size class whose templates are the buckets.
         records_per_shard: Pairs in a full shard.
         max_skipped: As in `skip_faults`.
+        features: Stores what it makes of each pair beside the pictures.
 
     Raises:
         ValueError: Bad arguments, a folder packed from something else, or too many faults.
@@ -101,14 +108,16 @@ def pack(
         "source": source,
         "size": size,
         "records_per_shard": records_per_shard,
+        **({"features": features.facts} if features else {}),
     }
     output.mkdir(parents=True, exist_ok=True)
     done = _continue_journal(output, settings)
     report = PackReport(shards=list(done), reused=len(done))
-    packer = _Packer(output, records_per_shard, report)
+    packer = _Packer(output, records_per_shard, report, features)
     try:
         for record in skip_faults(items, max_skipped, report.tally):
-            packer.add(_bucket(record, size), record)
+            place = report.tally.num_records + report.tally.num_skipped - 1  # whatever was skipped keeps its number
+            packer.add(_bucket(record, size), record, place)
         packer.finish()
     finally:
         packer.drop_partials()
@@ -137,18 +146,20 @@ def verify(folder: Path) -> list[str]:
 
 
 def _bucket(record: Record, size: int) -> float:
-    return nearest_schedule(size, *image_hw(cast(Picture, record.source))).height_over_width
+    return nearest_schedule(size, *image_hw(record.source)).height_over_width
 
 
-def _identity(record: Record) -> bytes:
-    return json.dumps([record.origin, record.instructions], ensure_ascii=False).encode("utf-8", "surrogatepass")
+def _identity(record: Record, place: int) -> bytes:
+    return json.dumps([place, record.origin, record.instructions], ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 class _Packer:
     """Open shards of all buckets; pairs of shards that an earlier run completed pass by unpacked."""
 
-    def __init__(self, output: Path, records_per_shard: int, report: PackReport) -> None:
-        self._output, self._limit, self._report = output, records_per_shard, report
+    def __init__(
+        self, output: Path, records_per_shard: int, report: PackReport, features: FeatureEncoder | None
+    ) -> None:
+        self._output, self._limit, self._report, self._features = output, records_per_shard, report, features
         self._done: dict[float, list[Shard]] = {}
         for shard in report.shards:
             self._done.setdefault(shard.bucket, []).append(shard)
@@ -156,27 +167,38 @@ class _Packer:
         self._passing: dict[float, tuple[int, Any]] = {}
         self._open: dict[float, _OpenShard] = {}
 
-    def add(self, bucket: float, record: Record) -> None:
+    def add(self, bucket: float, record: Record, place: int) -> None:
+        identity = _identity(record, place)
         if self._done.get(bucket):
-            self._pass(bucket, record)
+            self._pass(bucket, identity)
             return
         if bucket not in self._open:
             name = f"{bucket:.3f}-{self._numbers[bucket]:06d}.tar"
             self._numbers[bucket] += 1
             self._open[bucket] = _OpenShard(self._output / name, bucket)
         shard = self._open[bucket]
+        shard.take(identity)
+        members = self._members(record)
+        if members:
+            shard.write(f"{place:09d}", members, record)
+        if shard.count == self._limit:
+            self._close(bucket)
+
+    def _members(self, record: Record) -> list[tuple[str, bytes]] | None:
+        """The members of a sample; None, and counted, where a picture that had to be decoded cannot be."""
         try:
-            shard.write(record)
+            members = sample_members(record)
+            images = self._features.read(record) if self._features else []
         except READ_ERRORS as error:
-            # Found only now: an array or a picture of another format had to be decoded.
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk, not the picture
             logger.warning("skipped %s: unreadable image: %s", record.origin, error)
             self._report.tally.faults["unreadable image"] += 1
             self._report.tally.num_records -= 1
-            shard.take(record)
-        if shard.count == self._limit:
-            self._close(bucket)
+            return None
+        if self._features:
+            members.append((FEATURES, self._features.encode(images, record.instructions)))
+        return members
 
     def finish(self) -> None:
         left = [shard.file for shards in self._done.values() for shard in shards]
@@ -190,10 +212,10 @@ class _Packer:
         for shard in self._open.values():
             shard.drop()
 
-    def _pass(self, bucket: float, record: Record) -> None:
+    def _pass(self, bucket: float, identity: bytes) -> None:
         shard = self._done[bucket][0]
         count, digest = self._passing.get(bucket) or (0, hashlib.sha256())
-        digest.update(_identity(record))
+        digest.update(identity)
         self._passing[bucket] = (count + 1, digest)
         if count + 1 == shard.num_taken:
             if digest.hexdigest() != shard.content:
@@ -224,18 +246,15 @@ class _OpenShard:
         self._licences: Counter[str] = Counter()
         self.count = self._num_taken = 0
 
-    def take(self, record: Record) -> None:
-        self._content.update(_identity(record))
+    def take(self, identity: bytes) -> None:
+        self._content.update(identity)
         self._num_taken += 1
 
-    def write(self, record: Record) -> None:
-        members = sample_members(record)
-        key = f"{self._path.stem.replace('.', '_')}_{self.count:06d}"  # no dot: extensions start at the first one
+    def write(self, key: str, members: list[tuple[str, bytes]], record: Record) -> None:
         for extension, data in members:
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size, info.mode = len(data), 0o644
             self._tar.addfile(info, io.BytesIO(data))
-        self.take(record)
         self._origins[record.origin.split(" ")[0]] += 1
         self._licences[record.licence or "unknown"] += 1
         self.count += 1
@@ -273,9 +292,10 @@ def sample_members(record: Record) -> list[tuple[str, bytes]]:
         ValueError: A picture that must be decoded to be stored cannot be.
     """
     members = []
-    for side, picture in (("src", record.source), ("tgt", record.target), ("mask", record.mask)):
+    pictures = (("src", record.source, "RGB"), ("tgt", record.target, "RGB"), ("mask", record.mask, "L"))
+    for side, picture, mode in pictures:
         if picture is not None:
-            kind, data = _picture_bytes(cast(Picture, picture))
+            kind, data = _picture_bytes(picture, mode)
             members.append((f"{side}.{kind}", data))
     row = {name: getattr(record, name) for name in ("instructions", "edit_type", "origin", "licence", "extra")}
     members.append(("txt", record.instruction.encode("utf-8")))
@@ -283,14 +303,14 @@ def sample_members(record: Record) -> list[tuple[str, bytes]]:
     return members
 
 
-def _picture_bytes(picture: Picture) -> tuple[str, bytes]:
+def _picture_bytes(picture: Picture, mode: str) -> tuple[str, bytes]:
     if not isinstance(picture, np.ndarray):
-        data = picture.getvalue() if isinstance(picture, Encoded) else picture.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        file = picture if isinstance(picture, Encoded) else Encoded(picture.read_bytes(), str(picture))
+        with open_picture(file) as image:
             if image.format in _STORED_AS_THEY_ARE:
-                return _STORED_AS_THEY_ARE[image.format], data
-            mode = "L" if image.mode in ("1", "L") else "RGB"
-            picture = np.asarray(ImageOps.exif_transpose(image).convert(mode))
+                return _STORED_AS_THEY_ARE[image.format], file.data
+        # What is left out of the PNG, such as a colour profile, must show in its pixels: as the trainer would read it.
+        picture = np.asarray(load_image(file.data).rgb) if mode == "RGB" else upright_pixels(file, mode)
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG")
     return "png", stream.getvalue()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from varedit.data.archives import Pictures
-from varedit.data.faults import Encoded, FaultError, Skipped, checked_record, text_of, texts_of
-from varedit.data.record import Record
+from varedit.data.faults import FaultError, Skipped, checked_record, text_of, texts_of
+from varedit.data.record import Encoded, Record
 
 Item = Record | Skipped
 

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 INDEX = "pairs.jsonl"
 IMAGES = "images"
 _KNOWN = ("source", "target", "mask", "instructions", "edit_type", "origin", "licence")
+
+# What Pillow's decoders raise on damaged files.
+READ_ERRORS = (ValueError, OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture file out of an archive or a table: its bytes, and a name for messages.
+
+    It keeps pairs as small as they are on disk until their pixels are asked for, and lets packing store the very bytes.
+    """
+
+    data: bytes = field(repr=False)
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Picture = Path | Encoded | np.ndarray
+"""A file, the bytes of one, or pixels."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +46,20 @@ class Record:
     """A source picture, what is asked for, and the picture that answers it.
 
     Attributes:
-        source: Path of a picture, or uint8 (height, width, 3).
+        source: Picture file, or uint8 (height, width, 3).
         target: The same for the edited picture.
         instructions: One or more phrasings of the same edit, the first being the main one.
-        mask: Path of a black and white picture, or bool (height, width), or None: True where pixels may change.
+        mask: Black and white picture file, or bool (height, width), or None: True where pixels may change.
         edit_type: Such as "recolour"; empty if unknown.
         origin: Where the pair comes from (data set and item, or generator and seed).
         licence: Licence of the pictures, in words.
         extra: Whatever else the origin knows (captions, scene graphs, held-out parts): plain JSON values.
     """
 
-    source: Path | np.ndarray
-    target: Path | np.ndarray
+    source: Picture
+    target: Picture
     instructions: tuple[str, ...]
-    mask: Path | np.ndarray | None = None
+    mask: Picture | None = None
     edit_type: str = ""
     origin: str = ""
     licence: str = ""
@@ -47,25 +71,47 @@ class Record:
         return self.instructions[0]
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Source and target as uint8 (height, width, 3), mask as bool (height, width) or None.
+        """Source and target as uint8 (height, width, 3), mask as bool (height, width) or None; all upright.
 
         Raises:
             ValueError: A picture cannot be read (the message names the file).
         """
-        mask = None if self.mask is None else _pixels(self.mask, "L")
-        if mask is not None and mask.dtype != bool:
-            mask = mask > 127
-        return _pixels(self.source, "RGB"), _pixels(self.target, "RGB"), mask
+        return _pixels(self.source), _pixels(self.target), self.mask_array()
+
+    def mask_array(self) -> np.ndarray | None:
+        """The mask alone, as `arrays` gives it."""
+        if self.mask is None:
+            return None
+        mask = _pixels(self.mask, "L")
+        return mask if mask.dtype == bool else mask > 127
 
 
-def _pixels(picture: Path | np.ndarray, mode: str) -> np.ndarray:
+def open_picture(picture: Path | Encoded) -> Image.Image:
+    """Pillow's image of a picture file, not decoded yet. Raises one of `READ_ERRORS`."""
+    return Image.open(io.BytesIO(picture.data) if isinstance(picture, Encoded) else picture)
+
+
+def upright_pixels(picture: Picture, mode: str = "RGB") -> np.ndarray:
+    """A picture as it is seen, EXIF orientation obeyed: uint8 (height, width, 3), or (height, width) for mode "L".
+
+    Arrays are returned as they are. Raises one of `READ_ERRORS`.
+    """
     if isinstance(picture, np.ndarray):
         return picture
+    with open_picture(picture) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert(mode))
+
+
+def _pixels(picture: Picture, mode: str = "RGB") -> np.ndarray:
     try:
-        with Image.open(picture) as image:
-            return np.asarray(image.convert(mode))
-    except OSError as error:
-        raise ValueError(f"picture {picture} cannot be read: {error}") from error
+        return upright_pixels(picture, mode)
+    except READ_ERRORS as error:
+        raise ValueError(f"picture {picture} cannot be read: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What one of `READ_ERRORS` says; Pillow names a stream by its address in memory, which says nothing to anyone."""
+    return "no picture format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def write_folder(records: Iterable[Record], folder: Path) -> int:

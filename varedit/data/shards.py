@@ -1,25 +1,29 @@
 """Pairs in tar shards: reading the released layout and the one that `packing` writes.
 
 A sample is a run of members with one key: `KEY.src.jpg`, `KEY.tgt.jpg`, `KEY.txt` (the released layout), and in our
-shards also `KEY.mask.png` and `KEY.json`. Any WebDataset loader reads both.
+shards also `KEY.mask.png`, `KEY.json` and `KEY.features.safetensors`. Any WebDataset loader reads both.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from varedit.data.archives import PICTURE_SUFFIXES, tar_members
-from varedit.data.faults import Encoded, FaultError, Skipped, checked_record, text_of
-from varedit.data.record import Record
+from varedit.data.faults import FaultError, Skipped, checked_record, text_of
+from varedit.data.record import Encoded, Record
 
 logger = logging.getLogger(__name__)
 
 Item = Record | Skipped
+Members = dict[str, tuple[int, int]]
+"""Extension -> offset and size in the shard."""
 INDEX = "index.json"
 LAYOUT = "varedit-shards"
+FEATURES = "features.safetensors"
 
 
 def is_packed(folder: Path) -> bool:
@@ -79,28 +83,48 @@ def read_released(source: Path) -> Iterator[Item]:
 def read_shard(path: Path) -> Iterator[Item]:
     """The pairs of one tar; where it breaks off, the pairs before the break and one "truncated shard"."""
     faults: list[Skipped] = []
-    key, parts = "", dict[str, bytes]()
     with path.open("rb") as stream:
-        for member in tar_members(stream, str(path), faults):
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            stem = f"{folder}/{stem}" if folder else stem
-            if stem != key and parts:
-                yield _sample(path, key, parts)
-                parts = {}
-            key = stem
-            stream.seek(member.offset_data)
-            parts[extension.lower()] = stream.read(member.size)
-    if parts and (not faults or _is_complete(parts)):
-        yield _sample(path, key, parts)
+        for key, members in samples(path, stream, faults):
+            yield read_sample(path, key, read_members(stream, members))
     yield from faults
 
 
-def _is_complete(parts: dict[str, bytes]) -> bool:
-    return "txt" in parts and all(any(name.startswith(side) for name in parts) for side in ("src.", "tgt."))
+def samples(path: Path, stream: BinaryIO, faults: list[Skipped]) -> Iterator[tuple[str, Members]]:
+    """Key and members of each whole sample of a tar; where it breaks off, one "truncated shard" is added to `faults`.
+
+    Args:
+        path: Of the tar, for messages. stream: it, opened; it may be read from between two samples.
+    """
+    key, members = "", Members()
+    for member in tar_members(stream, str(path), faults):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        stem = f"{folder}/{stem}" if folder else stem
+        if stem != key and members:
+            yield key, members
+            members = {}
+        key = stem
+        members[extension.lower()] = (member.offset_data, member.size)
+    if members and (not faults or _is_complete(members)):
+        yield key, members
 
 
-def _sample(path: Path, key: str, parts: dict[str, bytes]) -> Item:
+def read_members(stream: BinaryIO, members: Members) -> dict[str, bytes]:
+    """The bytes of the members of a sample, without those of its features."""
+    parts = {}
+    for extension, (offset, size) in members.items():
+        if extension != FEATURES:
+            stream.seek(offset)
+            parts[extension] = stream.read(size)
+    return parts
+
+
+def _is_complete(members: Members) -> bool:
+    return "txt" in members and all(any(name.startswith(side) for name in members) for side in ("src.", "tgt."))
+
+
+def read_sample(path: Path, key: str, parts: dict[str, bytes]) -> Item:
+    """The pair of one sample; `parts` are its members by extension."""
     place = f"{path.name} {key}"
     try:
         pictures = {side: _side(place, side, parts) for side in ("src", "tgt", "mask")}
@@ -128,7 +152,13 @@ def _sample(path: Path, key: str, parts: dict[str, bytes]) -> Item:
 
 
 def _side(place: str, side: str, parts: dict[str, bytes]) -> Encoded | None:
-    for name, data in parts.items():
+    name = picture_member(side, parts)
+    return None if name is None else Encoded(parts[name], f"{place}.{name}")
+
+
+def picture_member(side: str, members: Iterable[str]) -> str | None:
+    """The extension under which a sample holds its picture "src", "tgt" or "mask"; None if it has none."""
+    for name in members:
         if name.startswith(side + ".") and name[len(side) :] in PICTURE_SUFFIXES:
-            return Encoded(data, f"{place}.{name}")
+            return name
     return None

@@ -2,7 +2,7 @@
 
 A picture is written whole or not at all, then a line is appended to results.jsonl and flushed. So after a crash at any
 moment every line tells the truth, and a resumed batch does again only what has no line (or a file that no longer is
-what its line says). Each result is the same, bit for bit, as that of a single edit.
+what its line says). Each result is the same, bit for bit, as that of a single edit with as many threads.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,13 @@ import torch
 from varedit.editing.durable import TEMPORARY
 from varedit.editing.edit import EditRequest, EditResult, Settings, apply_edits
 from varedit.editing.jobs import Job, group_jobs
-from varedit.editing.manifest import make_manifest, read_manifest, save_with_manifest
+from varedit.editing.manifest import (
+    EMBEDDING_SUFFIXES,
+    make_manifest,
+    read_manifest,
+    save_with_manifest,
+    side_file,
+)
 from varedit.editing.mask import image_mask
 from varedit.editing.weights import ModelIdentity, identify, identify_folder
 from varedit.image_processor import load_image
@@ -34,7 +41,9 @@ from varedit.pipeline import VAREditPipeline, load_pipeline
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
-_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # torch's out of memory is a RuntimeError
+
+Record = dict[str, Any]
+Runner = Callable[[list[list[Job]], Path, "BatchOptions"], Iterator[list[Record]]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,9 @@ class BatchOptions:
         settings: of every edit.
         batch_size: pictures of one schedule in one call of the pipeline.
         num_workers: processes, each with its own copy of the model.
-        num_threads: PyTorch threads of each process; None leaves PyTorch's own choice to a single worker and divides
-            the cores among several.
+        num_threads: PyTorch threads of each process; None is PyTorch's own choice, divided among the workers. On a CPU
+            convolutions add up in another order with other numbers of threads: now and then a pixel comes out a level
+            brighter or darker.
         overwrite: replace existing outputs.
     """
 
@@ -62,9 +72,9 @@ class BatchOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("batch_size", "num_workers", "num_threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
 
 
 # ---------------------------------------------------------------- the record
@@ -75,9 +85,14 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
 
     Raises:
         ValueError: a batch was here already and neither `resume` nor `overwrite` is set; it had other settings or
-            another model; a job's output exists and is not a leftover of this very job; the folder cannot be written.
+            another model; a job's output exists and is not a leftover of this very job; an output is an input; the
+            folder cannot be written.
     """
     results = folder / RESULTS
+    inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path}
+    for job in jobs:
+        if (folder / job.output).resolve() in inputs:
+            raise ValueError(f"output {str(folder / job.output)!r} is an input of the batch; use another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if results.exists() and not resume:
@@ -92,8 +107,10 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
     todo = [job for job in jobs if job.output not in done]
     for job in todo:
         target = folder / job.output
-        if target.exists() and not options.overwrite and not (resume and _is_leftover(target, job)):
-            raise ValueError(f"output {str(target)!r} exists already; pass --overwrite, or use another folder")
+        embedded = target.suffix.lower() in EMBEDDING_SUFFIXES
+        for path in (target,) if embedded else (target, side_file(target)):
+            if path.exists() and not options.overwrite and not (resume and _is_leftover(path, job)):
+                raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or use another folder")
     return todo
 
 
@@ -109,7 +126,7 @@ def _finished(folder: Path, jobs: list[Job], options: BatchOptions) -> set[str]:
     return {job.output for job in jobs if job.output in records and _holds(folder, job, records[job.output])}
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
+def read_results(folder: Path) -> list[Record]:
     """The record of a batch, a line a job. A last line that a crash tore is cut off the file.
 
     Raises:
@@ -127,16 +144,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             record = json.loads(line)
-            missing = {"output", "status", "settings", "model"} - set(record)
-        except (ValueError, TypeError):
-            missing = {"everything"}
-        if missing:
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not {"output", "status", "settings", "model"} <= set(record):
             raise ValueError(f"{str(results)!r} line {number} is damaged; remove it to do its job again")
         records.append(record)
     return records
 
 
-def _holds(folder: Path, job: Job, record: dict[str, Any]) -> bool:
+def _holds(folder: Path, job: Job, record: Record) -> bool:
     asked = job.to_json()
     same = all(record.get(name) == asked[name] for name in ("image", "instruction", "seed", "mask"))
     if record["status"] != "ok" or not same:
@@ -172,9 +188,9 @@ def run_batch(
     folder: Path,
     options: BatchOptions | None = None,
     *,
-    on_result: Callable[[dict[str, Any]], None] | None = None,
-    run: "Callable[[list[list[Job]], Path, BatchOptions], Iterator[list[dict[str, Any]]]] | None" = None,
-) -> list[dict[str, Any]]:
+    on_result: Callable[[Record], None] | None = None,
+    run: "Runner | None" = None,
+) -> list[Record]:
     """Do the jobs and record each.
 
     Args:
@@ -201,28 +217,60 @@ def run_batch(
     return records
 
 
-def run_here(chunks: list[list[Job]], folder: Path, options: BatchOptions) -> Iterator[list[dict[str, Any]]]:
-    """Do the chunks in this process, or in `num_workers` others."""
+def run_here(chunks: list[list[Job]], folder: Path, options: BatchOptions) -> Iterator[list[Record]]:
+    """Do the chunks in this process, or in `num_workers` others.
+
+    Raises:
+        ValueError: the model does not load, or the processes die whatever they are given.
+    """
     if options.num_workers == 1:
         worker = Worker(folder, options)
         for chunk in chunks:
             yield worker(chunk)
         return
+    waiting, num_done = deque(chunks), 0
+    while waiting:
+        suspects = []
+        for chunk, records in _in_processes(waiting, options.num_workers, folder, options):
+            if records is None:
+                suspects.append(chunk)
+            else:
+                num_done += 1
+                yield records
+        # One process that dies takes the others with it. Who was to blame is found by doing each again alone.
+        alone = [pair for chunk in suspects for pair in _in_processes(deque([chunk]), 1, folder, options)]
+        num_done += sum(records is not None for _, records in alone)
+        if suspects and not num_done:
+            raise ValueError("the worker processes die, perhaps for lack of memory; use fewer --workers")
+        for chunk, records in alone:
+            reason = "its process died, perhaps for lack of memory; --resume tries again"
+            yield records or [_record(job, options) | _failure(reason) for job in chunk]
+
+
+def _in_processes(
+    waiting: deque[list[Job]], num_workers: int, folder: Path, options: BatchOptions
+) -> Iterator[tuple[list[Job], list[Record] | None]]:
+    """Takes chunks and gives them with their records.
+
+    When a process dies, it ends: the chunks begun by then come with None, the others are left in `waiting`.
+    """
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     ranks = context.SimpleQueue()
-    for rank in range(options.num_workers):
+    for rank in range(num_workers):
         ranks.put(rank)
-    with ProcessPoolExecutor(options.num_workers, context, _start_worker, (ranks, folder, options)) as pool:
+    running: dict[Future, list[Job]] = {}
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (ranks, folder, options)) as pool:
         try:
-            futures = {pool.submit(_work, chunk): chunk for chunk in chunks}
-            for future in as_completed(futures):
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    reason = "a worker process died, perhaps for lack of memory; use fewer workers and --resume"
-                    yield [_record(job, options) | _failure(reason) for job in futures[future]]
-        finally:  # also when interrupted
-            pool.shutdown(cancel_futures=True)
+            while waiting or running:
+                while waiting and len(running) < num_workers:
+                    running[pool.submit(_work, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    records = future.result()
+                    yield running.pop(future), records
+        except BrokenProcessPool:
+            yield from ((chunk, None) for chunk in running.values())
 
 
 _worker: "Worker | Exception | None" = None  # of a worker process: its worker, or why it has none
@@ -234,7 +282,7 @@ def _start_worker(ranks: Any, folder: Path, options: BatchOptions) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         _worker = Worker(folder, options, ranks.get())
-    except _FAILURES as error:  # raised by the first piece of work: here it would only break the pool, unexplained
+    except Exception as error:  # noqa: BLE001 - raised by the first piece of work: here it would break the pool
         _worker = error
 
 
@@ -246,7 +294,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _work(chunk: list[Job]) -> list[dict[str, Any]]:
+def _work(chunk: list[Job]) -> list[Record]:
     if isinstance(_worker, Exception):
         raise _worker
     assert _worker is not None
@@ -262,10 +310,8 @@ class Worker:
 
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        threads = options.num_threads
-        if threads is None and options.num_workers > 1:
-            threads = max(1, torch.get_num_threads() // options.num_workers)
-        if threads is not None:
+        threads = options.num_threads or max(1, torch.get_num_threads() // options.num_workers)
+        if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
         device = options.device
         if device is None and options.num_workers > 1 and torch.cuda.is_available():
@@ -276,24 +322,24 @@ class Worker:
         self.pipeline: VAREditPipeline = load_pipeline(options.model, device, dtype)
         self.model: ModelIdentity = identify(self.pipeline)
 
-    def __call__(self, chunk: list[Job]) -> list[dict[str, Any]]:
-        """The records of a chunk. What fails, fails by itself."""
+    def __call__(self, chunk: list[Job]) -> list[Record]:
+        """The records of a chunk. What fails, fails by itself, whatever the reason: else a batch would never get by."""
         records, ready = [], []
         for job in chunk:
             try:
                 ready.append((job, _request(job)))
-            except _FAILURES as error:
+            except Exception as error:  # noqa: BLE001 - see above
                 records.append(self._failed(job, error))
         try:
             results = apply_edits(self.pipeline, [request for _, request in ready], self.options.settings)
-        except _FAILURES as error:
+        except Exception as error:  # noqa: BLE001 - see above
             if len(ready) > 1:  # one by one: the others are not to blame
                 logger.info("%d pictures did not run together (%s): one by one", len(ready), error)
                 return records + [record for job, _ in ready for record in self([job])]
             return records + [self._failed(job, error) for job, _ in ready]
         return records + [self._save(job, result) for (job, _), result in zip(ready, results)]
 
-    def _save(self, job: Job, result: EditResult) -> dict[str, Any]:
+    def _save(self, job: Job, result: EditResult) -> Record:
         mask_name = job.mask.name if job.mask else None
         try:
             manifest = make_manifest(
@@ -302,16 +348,17 @@ class Worker:
             target = self.folder / job.output
             target.parent.mkdir(parents=True, exist_ok=True)
             # What was here and must not be replaced was refused before the start: see prepare_output.
-            save_with_manifest(result.image, target, manifest, result.source, overwrite=True)
+            save_with_manifest(result.pixels, target, manifest, result.source, overwrite=True)
             done = {"status": "ok", "error": None, "change": manifest.change, "sha256": _file_sha256(target)}
             return self._record(job) | done
-        except _FAILURES as error:
+        except Exception as error:  # noqa: BLE001 - see above
             return self._failed(job, error)
 
-    def _failed(self, job: Job, error: Exception) -> dict[str, Any]:
+    def _failed(self, job: Job, error: Exception) -> Record:
+        logger.debug("%s failed", job.output, exc_info=error)
         return self._record(job) | _failure(error)
 
-    def _record(self, job: Job) -> dict[str, Any]:
+    def _record(self, job: Job) -> Record:
         return _record(job, self.options) | {"model": self.model.sha256}
 
 
@@ -321,10 +368,12 @@ def _request(job: Job) -> EditRequest:
     return EditRequest(source, job.instruction, job.seed, mask)
 
 
-def _record(job: Job, options: BatchOptions) -> dict[str, Any]:
+def _record(job: Job, options: BatchOptions) -> Record:
     return job.to_json() | {"settings": options.settings.to_json(), "model": None}
 
 
-def _failure(error: Exception | str) -> dict[str, Any]:
-    reason = " ".join(str(error).split()) or type(error).__name__
+def _failure(error: Exception | str) -> Record:
+    reason = " ".join(str(error).split())
+    if not isinstance(error, (str, ValueError)):  # not in words for the user
+        reason = f"{type(error).__name__}: {reason}"
     return {"status": "failed", "error": reason, "change": None, "sha256": None}

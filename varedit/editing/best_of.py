@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from varedit import quantizer
+from varedit.editing.crop import cut
 from varedit.editing.edit import EditRequest, EditResult, Settings, apply_edits
+from varedit.editing.mask import free_cells, model_mask, token_coverage
 from varedit.image_processor import ImageInput, load_image, prepare
 from varedit.pipeline import MAX_SEED, VAREditPipeline, check_seed
 from varedit.text import encode_prompts, pad_text
@@ -104,8 +106,14 @@ def stray_changes(results: Sequence[EditResult]) -> list[float]:
     known = [change for change in maps if change is not None]
     if all(change.stray is not None for change in known):
         return [float(change.stray or 0.0) for change in known]
-    votes = np.mean([change.hard_HW for change in known], axis=0)
-    return [float((change.hard_HW & (votes < 0.5)).mean()) for change in known]
+    changed = [_resized(change.hard_HW, known[0].hard_HW.shape) for change in known]
+    votes = np.mean(changed, axis=0)
+    return [float((changed_HW & (votes < 0.5)).mean()) for changed_HW in changed]
+
+
+def _resized(changed_HW: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A map of the same picture at another size: crops that differ give maps that do."""
+    return np.asarray(Image.fromarray(changed_HW).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
 
 
 @torch.no_grad()
@@ -114,7 +122,8 @@ def instruction_evidence(pipeline: VAREditPipeline, results: Sequence[EditResult
 
     log p(bits | source, instruction) - log p(bits | source), summed over all bits, at temperature 1 and without
     guidance. By Bayes' rule this is the model's own log p(instruction | source, edit) up to a constant that is the same
-    for all candidates: does the model itself recognise its instruction in the edit?
+    for all candidates: does the model itself recognise its instruction in the edit? Bits that a lock took from the
+    source were not the model's to choose and do not count.
 
     It needs no other model, and so it knows nothing that this one does not: an edit that the model misunderstands in
     the same way each time scores well. It costs one pass through the transformer a candidate. For a judge with eyes of
@@ -127,7 +136,10 @@ def _evidence(pipeline: VAREditPipeline, result: EditResult) -> float:
     tokenizer, schedule = pipeline.image_tokenizer, result.schedule
     device, patch_size = pipeline._execution_device, tokenizer.config.patch_size
     assert result.settings.size is not None and result.settings.fit is not None
-    prepared = prepare(result.source, result.settings.size, result.settings.fit)
+    prepared = prepare(cut(result.source, result.box), result.settings.size, result.settings.fit)
+    mask_HW = None
+    if result.area is not None and result.settings.lock != "off":
+        mask_HW = model_mask(result.area if result.box is None else result.area.crop(result.box), prepared)
     source_BSC = quantizer.patchify(tokenizer.encode(prepared.image_B3HW.to(device)), patch_size)
     source_BChw = source_BSC.transpose(1, 2).unflatten(2, schedule.finest)
     states = encode_prompts(
@@ -151,6 +163,10 @@ def _evidence(pipeline: VAREditPipeline, result: EditResult) -> float:
         bits_BChw = part.permute(2, 0, 1)[None].to(device, torch.bool)
         bits_BlC = quantizer.patchify(bits_BChw.float(), patch_size) > 0.5
         log_p_BlC = F.logsigmoid(torch.where(bits_BlC, margin_BlC, -margin_BlC)).double()
-        total += float(log_p_BlC[0].sum() - log_p_BlC[1].sum())
+        gain_1lC = log_p_BlC[:1] - log_p_BlC[1:]
+        if mask_HW is not None:
+            free_hw = free_cells(token_coverage(mask_HW, schedule, scale, patch_size), schedule, scale)
+            gain_1lC = gain_1lC * quantizer.patchify(free_hw.to(device).float().expand_as(bits_BChw), patch_size)
+        total += float(gain_1lC.sum())
         canvas = quantizer.accumulate(canvas, bits_BChw)
     return total / schedule.offsets[-1]

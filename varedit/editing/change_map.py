@@ -1,121 +1,40 @@
 """The change map: where an edit changed the picture, measured against the noise of a do-nothing edit.
 
-Source and result are compared in two ways. In decoded pixels, both through the same decoder, so that most of the image
-tokenizer's own error cancels; and in token space, canvas against canvas, which tells the cells whose bits are the
-same: what differs there is the decoder's spill, not an edit. Everything is in the model's pixels.
+`difference` compares, `extent` draws the line between changed and unchanged, `edit_kind` tells one change of the whole
+picture from changes in places. Everything is in the model's pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-Kind = Literal["none", "local", "global"]
-Orientation = Literal["same", "mirrored", "upside_down", "rotated"]
+from varedit.editing.difference import LOW_SHARE, SMOOTHING, Calibration, Difference, difference, rms, smoothed
+from varedit.editing.edit_kind import ORIENTATIONS, Kind, Orientation, classify
 
-SMOOTHING = 0.8
-"""Standard deviation in pixels of the filter over the signed difference: single-pixel noise cancels, edges stay."""
+__all__ = ["ORIENTATIONS", "Calibration", "ChangeMap", "calibrate", "change_map", "difference"]
 
-GUIDE_RADIUS = 4
-"""Pixels, about the side of one code's footprint: evidence is averaged over this much on its own side of an edge."""
+SMALLEST = 0.15
+"""Smallest change kept, in cells: what one code can draw and a glance can see."""
 
-GUIDE_CONTRAST = 10.0
-"""Levels: an edge of the source or the result of more contrast than this stops the averaging."""
+SEED_WEIGHT = 1.0
+"""Evidence above `log(low)` that a change must have, summed over its pixels, in cells: a faint change must be large."""
 
-MAX_EVIDENCE = 9.0
-"""Scores beyond this count as this much, so that one strong pixel does not carry its neighbours."""
+NEAR_SHARE = 0.73
+"""Within NEAR_REACH of a change, a score of this share of `low` is enough: its faint border, the rest of its object."""
 
-LOW_SHARE = 0.65
-"""`Calibration.low` as a share of `high`. Lower keeps more of an edit's faint border and more noise beside it."""
-
-MIN_AREA = 0.0006
-"""Smallest change kept, as a share of the frame: about 10 pixels of 128 x 128, less than any object drawn there."""
+NEAR_REACH = 0.5
+"""Cells."""
 
 MAX_HOLE = 0.02
 """Unchanged islands inside a change are filled up to this share of the frame; larger ones are real (a ring)."""
 
-ORIENTATIONS: dict[str, tuple[slice, slice]] = {
-    "same": (slice(None), slice(None)),
-    "mirrored": (slice(None), slice(None, None, -1)),
-    "upside_down": (slice(None, None, -1), slice(None)),
-    "rotated": (slice(None, None, -1), slice(None, None, -1)),
-}
-"""Orientation -> index of rows and columns that turns the source that way."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a do-nothing edit looks like, and how far a change must stand out from it. Made by `calibrate`.
-
-    A pixel's score is its difference divided by the noise expected there, sqrt(floor**2 + slope * contrast), averaged
-    (root mean square) over its neighbours within the same edges.
-
-    Attributes:
-        floor: noise in flat areas, levels of 255 (root mean square over the channels).
-        slope: growth of the noise's variance with local contrast, levels: bit errors show at edges and in texture.
-        token: a small difference of two canvases in a cell (Euclidean); a tenth of the cells of a do-nothing edit
-            differ by less. Cells that do count less; 0 ignores the canvases.
-        high: score that starts a change (a seed).
-        low: score down to which a change grows from its seed.
-    """
-
-    floor: float = 3.0
-    slope: float = 4.0
-    token: float = 0.5
-    high: float = 6.0
-    low: float = 3.9
-
-    def __post_init__(self) -> None:
-        if not (self.floor > 0 <= min(self.slope, self.token) and 0 < self.low <= self.high):
-            raise ValueError(f"{self} is impossible; floor must be positive and low between 0 and high")
-
-    def noise(self, contrast_HW: np.ndarray) -> np.ndarray:
-        """Standard deviation of a do-nothing edit in levels, float32 (H, W)."""
-        return np.sqrt(np.float32(self.floor**2) + np.float32(self.slope) * contrast_HW)
-
-
-@dataclass(frozen=True, eq=False)
-class Difference:
-    """Two decodings and canvases compared, before any threshold. Model pixels of the content only.
-
-    Attributes:
-        source_HW3, result_HW3: float32, levels of 255.
-        pixel_HW: float32, smoothed difference in levels (root mean square over the channels).
-        contrast_HW: float32, local standard deviation of the source in levels.
-        token_HW: float32, Euclidean difference of the canvases, the largest of the cells around a pixel.
-    """
-
-    source_HW3: np.ndarray
-    result_HW3: np.ndarray
-    pixel_HW: np.ndarray
-    contrast_HW: np.ndarray
-    token_HW: np.ndarray
-
-    def score(self, calibration: Calibration) -> np.ndarray:
-        """float32 (H, W): how many times the expected noise a pixel differs by."""
-        score_HW = self.pixel_HW / calibration.noise(self.contrast_HW)
-        if calibration.token:
-            score_HW = score_HW * np.minimum(self.token_HW / calibration.token, 1)
-        evidence_HW = np.square(np.minimum(score_HW, MAX_EVIDENCE))
-        guided = [_guided_mean(evidence_HW, image.mean(-1)) for image in (self.source_HW3, self.result_HW3)]
-        return np.sqrt(np.maximum(sum(guided) / 2, 0)).astype(np.float32)
-
-
-def _guided_mean(values_HW: np.ndarray, guide_HW: np.ndarray) -> np.ndarray:
-    """Mean over a window that does not cross the guide's edges (guided filter): float32 (H, W)."""
-
-    def mean(x: np.ndarray) -> np.ndarray:
-        return ndimage.uniform_filter(x, 2 * GUIDE_RADIUS + 1, mode="reflect")
-
-    guide_mean, values_mean = mean(guide_HW), mean(values_HW)
-    variance = mean(np.square(guide_HW - guide_mean))
-    slope = (mean(guide_HW * values_HW) - guide_mean * values_mean) / (variance + GUIDE_CONTRAST**2)
-    return mean(slope) * guide_HW + mean(values_mean - slope * guide_mean)
+MOSTLY = 0.5
+"""A change of more than this share of the frame spares objects: it is not grown, and its holes are not filled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,68 +107,6 @@ class ChangeMap:
         return drawn
 
 
-# ---------------------------------------------------------------- comparing
-
-
-def difference(
-    source_canvas: Tensor,
-    result_canvas: Tensor,
-    source_decoded: Tensor,
-    result_decoded: Tensor,
-    content_box: tuple[float, float, float, float] | None = None,
-) -> Difference:
-    """Compare the source and the result of one edit.
-
-    Args:
-        source_canvas, result_canvas: (1, d, h, w) or (d, h, w). The source's is the second value of
-            `quantizer.encode_bits` of its features.
-        source_decoded, result_decoded: (1, 3, H, W) or (3, H, W) in [-1, 1], both canvases through the decoder.
-        content_box: of `Prepared`; what the fit invented around the picture is left out. None: there is nothing.
-
-    Raises:
-        ValueError: shapes that do not belong together.
-    """
-    canvases = [_single(canvas, "canvas") for canvas in (source_canvas, result_canvas)]
-    decodings = [_single(decoded, "decoding") for decoded in (source_decoded, result_decoded)]
-    for first, second in (canvases, decodings):
-        if first.shape != second.shape:
-            raise ValueError(f"source {tuple(first.shape)} and result {tuple(second.shape)} differ in shape")
-    height, width = decodings[0].shape[-2:]
-    left, top, right, bottom = (round(edge) for edge in content_box or (0, 0, width, height))
-    inside = (slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1)))
-    source, result = ((d.permute(1, 2, 0).numpy()[inside] + 1) * np.float32(127.5) for d in decodings)
-    cells_hw = (canvases[1] - canvases[0]).square().sum(0).sqrt()
-    # A code reaches about one cell beyond its own in the decoding.
-    cells_hw = torch.nn.functional.max_pool2d(cells_hw[None, None], 3, 1, 1)
-    token = torch.nn.functional.interpolate(cells_hw, size=(height, width), mode="bilinear")[0, 0].numpy()[inside]
-    return Difference(source, result, _smoothed(result - source), local_contrast(source), token)
-
-
-def _smoothed(change_HW3: np.ndarray) -> np.ndarray:
-    """`Difference.pixel_HW` of a signed difference."""
-    return _rms(ndimage.gaussian_filter(change_HW3, (SMOOTHING, SMOOTHING, 0)))
-
-
-def local_contrast(image_HW3: np.ndarray, size: int = 5) -> np.ndarray:
-    """Standard deviation in a square window, root mean square over the channels: float32 (H, W)."""
-    mean = ndimage.uniform_filter(image_HW3, (size, size, 1))
-    variance = ndimage.uniform_filter(np.square(image_HW3 - mean), (size, size, 1))
-    return np.sqrt(variance.mean(-1))
-
-
-def _single(tensor: Tensor, name: str) -> Tensor:
-    tensor = tensor.detach().float().cpu()
-    if tensor.ndim == 4 and len(tensor) == 1:
-        tensor = tensor[0]
-    if tensor.ndim != 3:
-        raise ValueError(f"a {name} of shape {tuple(tensor.shape)} is not one image; pass (1, C, H, W) or (C, H, W)")
-    return tensor
-
-
-def _rms(values_HWC: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.square(values_HWC).mean(-1))
-
-
 # ---------------------------------------------------------------- thresholds
 
 
@@ -263,7 +120,7 @@ def calibrate(
     Args:
         differences: of do-nothing edits; or of local edits with known masks.
         ignore: bool (H, W) each, pixels to leave out: the known mask, grown by the reach of the decoder.
-        false_alarm: share of do-nothing edits in which a seed may be found all the same. Edits with masks also stray
+        false_alarm: share of do-nothing edits in which a change may be found all the same. Edits with masks also stray
             in earnest: give about the share that does, or the threshold rises until none is seen.
 
     Raises:
@@ -286,13 +143,23 @@ def calibrate(
     base = Calibration(
         floor=float(np.sqrt(max(floor_square, mean_square.min(), 0.25))),  # never below half a level: rounding
         slope=float(max(slope, 0)),
-        token=float(np.quantile(tokens, 0.1)),
+        token=float(np.median(tokens)),
     )
-    scores = [d.score(base)[keep] for d, keep in zip(differences, kept)]
-    # The level at which each edit still has enough pixels for a seed.
-    peaks = [np.sort(s)[-min(len(s), _seed_pixels(d.pixel_HW.size))] for s, d in zip(scores, differences) if len(s)]
-    high = float(np.clip(np.quantile(peaks, 1 - false_alarm), 1.5, 0.75 * MAX_EVIDENCE))
-    return replace(base, high=high, low=LOW_SHARE * high)
+    return replace(base, **_thresholds(differences, kept, base, false_alarm))
+
+
+def _thresholds(
+    differences: Sequence[Difference], kept: Sequence[np.ndarray], base: Calibration, false_alarm: float
+) -> dict[str, float]:
+    """The lowest `low` and `high` at which no more than `false_alarm` of the edits show a change."""
+    least, most = np.log(1.5), np.log(60)
+    for _ in range(8):
+        low = float(np.exp((least + most) / 2))
+        trial = replace(base, low=low, high=low / LOW_SHARE)
+        found = [(extent(d.evidence(trial), trial, d.cell) & keep).any() for d, keep in zip(differences, kept)]
+        least, most = (np.log(low), most) if np.mean(found) > false_alarm else (least, np.log(low))
+    low = float(np.exp(most))
+    return {"low": low, "high": low / LOW_SHARE}
 
 
 # ---------------------------------------------------------------- the map
@@ -315,11 +182,11 @@ def change_map(
         calibration: of the model that made the edit.
     """
     diff = difference(source_canvas, result_canvas, source_decoded, result_decoded, content_box)
-    score = diff.score(calibration)
-    hard = _hysteresis(score, calibration)
-    kind, orientation = _classify(diff, hard, calibration)
-    soft = np.clip((score - calibration.low / 2) / (calibration.high - calibration.low / 2), 0, 1)
-    soft *= ndimage.binary_dilation(hard, iterations=2)
+    evidence = diff.evidence(calibration)
+    hard = extent(evidence, calibration, diff.cell)
+    kind, orientation = classify(diff, hard, calibration)
+    faint, sure = np.log(calibration.low / 2), np.log(calibration.high)
+    soft = np.clip((evidence - faint) / (sure - faint), 0, 1) * ndimage.binary_dilation(hard, iterations=2)
     stray = None
     if mask_HW is not None:
         if content_box is not None:
@@ -327,10 +194,7 @@ def change_map(
             mask_HW = mask_HW[top : max(bottom, top + 1), left : max(right, left + 1)]
         outside = np.asarray(mask_HW) <= 0
         stray = float(hard[outside].mean()) if outside.any() else 0.0
-    magnitude = float(_rms(diff.result_HW3 - diff.source_HW3)[hard].mean()) if hard.any() else 0.0
-    remainder = (
-        hard if orientation == "same" else _hysteresis(_turned_score(diff, orientation, calibration), calibration)
-    )
+    magnitude = float(rms(diff.result_HW3 - diff.source_HW3)[hard].mean()) if hard.any() else 0.0
     return ChangeMap(
         soft.astype(np.float32),
         hard,
@@ -339,147 +203,51 @@ def change_map(
         float(hard.mean()),
         magnitude,
         stray,
-        remainder,
+        hard if orientation == "same" else _turned_extent(diff, orientation, calibration),
         diff,
         calibration,
     )
 
 
-def _turned_score(diff: Difference, orientation: Orientation, calibration: Calibration) -> np.ndarray:
-    """Score against the turned source. A turned picture has other bits and other errors: twice the noise, no gate."""
+def _turned_extent(diff: Difference, orientation: Orientation, calibration: Calibration) -> np.ndarray:
+    """Extent against the turned source. A turned picture has other bits and other errors: twice the noise, no gate."""
     source = diff.source_HW3[ORIENTATIONS[orientation]]
-    contrast = diff.contrast_HW[ORIENTATIONS[orientation]]
-    turned = replace(diff, source_HW3=source, pixel_HW=_smoothed(diff.result_HW3 - source) / 2, contrast_HW=contrast)
-    return turned.score(replace(calibration, token=0))
+    pixel = smoothed(diff.result_HW3 - source, SMOOTHING * diff.cell) / 2
+    turned = replace(diff, source_HW3=source, pixel_HW=pixel, contrast_HW=diff.contrast_HW[ORIENTATIONS[orientation]])
+    calibration = replace(calibration, token=0)
+    return extent(turned.evidence(calibration), calibration, diff.cell)
 
 
-def _seed_pixels(num_pixels: int) -> int:
-    """Pixels above `high` that a change must have."""
-    return max(1, round(MIN_AREA * num_pixels / 4))
+def extent(evidence_HW: np.ndarray, calibration: Calibration, cell: float) -> np.ndarray:
+    """The changed area: connected pixels above `low` that together weigh enough, and what faintly changed around them.
 
+    Args:
+        evidence_HW: of `Difference.evidence`. cell: pixels a side of a cell.
 
-def _hysteresis(score: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """Areas above `low` that hold a seed above `high`; no speckle, small holes filled. bool (H, W)."""
-    smallest = max(2, round(MIN_AREA * score.size))
-    labels, count = ndimage.label(score >= calibration.low, np.ones((3, 3)))
+    Returns:
+        bool (H, W); no speckle, small holes filled.
+    """
+    low, high = np.log(calibration.low), np.log(calibration.high)
+    labels, count = ndimage.label(evidence_HW >= low, np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    seeds = np.bincount(labels[score >= calibration.high], minlength=count + 1)
-    keep = (sizes >= smallest) & (seeds >= _seed_pixels(score.size))
+    weights = np.bincount(labels.ravel(), np.maximum(evidence_HW - low, 0).ravel(), count + 1)
+    seeds = np.bincount(labels[evidence_HW >= high], minlength=count + 1)
+    keep = (sizes >= SMALLEST * cell**2) & (weights >= SEED_WEIGHT * cell**2) & (seeds > 0)
     keep[0] = False
     hard = keep[labels]
+    if not hard.any() or hard.mean() > MOSTLY:
+        return _fill(hard, SMALLEST * cell**2)
+    near = ndimage.distance_transform_edt(~hard) <= NEAR_REACH * cell
+    labels, count = ndimage.label(hard | (near & (evidence_HW >= low + np.log(NEAR_SHARE))), np.ones((3, 3)))
+    keep = np.bincount(labels[hard], minlength=count + 1) > 0
+    return _fill(keep[labels], MAX_HOLE * hard.size)
+
+
+def _fill(hard: np.ndarray, max_hole: float) -> np.ndarray:
+    """Fill enclosed unchanged areas of up to `max_hole` pixels."""
     holes, count = ndimage.label(~hard)
-    small = np.bincount(holes.ravel(), minlength=count + 1) <= MAX_HOLE * score.size
+    small = np.bincount(holes.ravel(), minlength=count + 1) <= max_hole
     border = np.concatenate([holes[0], holes[-1], holes[:, 0], holes[:, -1]])
     small[border] = False  # open to the outside, so not a hole
     small[0] = False
     return hard | small[holes]
-
-
-# ---------------------------------------------------------------- local or global
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What tells one change of the whole picture from changes in places. Shares from 0 to 1.
-
-    Attributes:
-        area: of the picture that changed.
-        spread: of the 16 tiles of the picture in which something changed.
-        consistent: of the picture that one affine colour transform explains.
-        consistent_outside: the same, of the unchanged part: a tone edit leaves alone only what it maps to itself,
-            a new background leaves objects alone that it would have mapped to something else.
-        structure_lost: error of that transform over the smallest error for the picture turned or mirrored. Near 1
-            nothing of the source's layout is left; above 2 the picture was turned.
-        fine: of the difference's energy that is gone after a wide blur: blur, sharpen, pixelate change detail only.
-        island: of the source's contrast that lies in the largest unchanged area.
-        redrawn: of the 16 tiles whose contrast is a quarter weaker, or a third stronger, than the source's.
-    """
-
-    area: float
-    spread: float
-    consistent: float
-    consistent_outside: float
-    structure_lost: float
-    fine: float
-    island: float
-    redrawn: float
-
-    @property
-    def is_tone(self) -> bool:
-        """One colour transform of the whole picture."""
-        if self.consistent < 0.7 or self.spread < 0.6:
-            return False
-        if self.area >= 0.97:  # no outside to ask, and flat pictures have no layout to lose
-            return True
-        return self.structure_lost < 0.6 and (self.area >= 0.85 or self.consistent_outside >= 0.8)
-
-    @property
-    def is_filter(self) -> bool:
-        """A change of detail everywhere: blur, sharpen, pixelate."""
-        return (self.fine >= 0.8 and self.spread >= 0.4) or (self.fine >= 0.6 and self.redrawn >= 0.6)
-
-    @property
-    def is_style(self) -> bool:
-        """Nearly everything changed, the layout is still the source's, and nothing in one piece was spared."""
-        return self.area >= 0.85 and self.structure_lost < 0.75 and self.island < 0.03
-
-
-def evidence(diff: Difference, hard_HW: np.ndarray, calibration: Calibration) -> tuple[Evidence, Orientation]:
-    """Measures what `Evidence` holds, and the orientation whose source explains the result best."""
-    source, result = diff.source_HW3, diff.result_HW3
-    errors, explained = {}, source
-    for name, turn in ORIENTATIONS.items():
-        transformed = fit_affine(source[turn], result)
-        errors[name] = float(np.abs(transformed - result).mean()) + 0.5
-        explained = transformed if name == "same" else explained
-    best = min(errors, key=lambda name: errors[name])
-    residual = replace(diff, pixel_HW=_smoothed(result - explained))
-    consistent = residual.score(replace(calibration, token=0)) < calibration.low
-    change = result - source
-    energy = np.square(diff.pixel_HW).sum()
-    coarse = np.square(ndimage.gaussian_filter(change, (4, 4, 0))).mean(-1).sum()
-    labels, count = ndimage.label(ndimage.binary_opening(~hard_HW, iterations=3))
-    islands = np.bincount(labels.ravel(), diff.contrast_HW.ravel(), minlength=count + 1)[1:]
-    ratios = _tiles(local_contrast(result)) / np.maximum(_tiles(diff.contrast_HW), 1)
-    found = Evidence(
-        area=float(hard_HW.mean()),
-        spread=float(np.mean(_tiles(hard_HW) > 0.1)),
-        consistent=float(consistent.mean()),
-        consistent_outside=float(consistent[~hard_HW].mean()) if not hard_HW.all() else 1.0,
-        structure_lost=errors["same"] / min(errors[name] for name in errors if name != "same"),
-        fine=float(1 - coarse / energy) if energy else 0.0,
-        island=float(islands.max(initial=0) / max(diff.contrast_HW.sum(), 1e-6)),
-        redrawn=float(np.mean((ratios < 0.75) | (ratios > 1.33))),
-    )
-    return found, cast(Orientation, best)
-
-
-def _tiles(values_HW: np.ndarray) -> np.ndarray:
-    """Means of 4 x 4 tiles (fewer where a side has fewer pixels)."""
-    bands = (band for band in np.array_split(values_HW, 4) if band.size)
-    return np.array([tile.mean() for band in bands for tile in np.array_split(band, 4, axis=1) if tile.size])
-
-
-def fit_affine(source_HW3: np.ndarray, result_HW3: np.ndarray, num_rounds: int = 6) -> np.ndarray:
-    """The source under the one affine colour transform that explains most of the result. Robust: outliers fade out."""
-    ones = np.full(source_HW3.shape[:2] + (1,), 255, np.float32)
-    inputs = np.concatenate([source_HW3, ones], -1).reshape(-1, 4).astype(np.float64)
-    outputs = result_HW3.reshape(-1, 3).astype(np.float64)
-    identity = np.eye(4)[:, :3]
-    weights = np.ones((len(inputs), 1))
-    ridge = 4.0 * len(inputs)  # worth a contrast of 2 levels: without any, the identity
-    for _ in range(num_rounds):
-        weighted = (inputs * weights).T
-        transform = np.linalg.solve(weighted @ inputs + ridge * np.eye(4), weighted @ outputs + ridge * identity)
-        error = np.sqrt(np.square(inputs @ transform - outputs).mean(1, keepdims=True))
-        weights = 1 / (1 + np.square(error / 12))  # beyond 12 levels a pixel is taken for changed otherwise
-    return (inputs @ transform).astype(np.float32).reshape(source_HW3.shape)
-
-
-def _classify(diff: Difference, hard: np.ndarray, calibration: Calibration) -> tuple[Kind, Orientation]:
-    found, best = evidence(diff, hard, calibration)
-    if best != "same" and found.structure_lost > 2 and hard.any():
-        return "global", best
-    if found.is_filter or (hard.any() and (found.is_tone or found.is_style)):
-        return "global", "same"
-    return ("local" if hard.any() else "none"), "same"

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from varedit.image_processor import ImageError, encode_image
+from varedit.image_processor import ImageError
+from varedit.image_writer import encode_image
 from varedit.pipeline import check_prompt, check_seed
 from varedit.scales import ScaleSchedule, nearest_schedule
 
@@ -28,7 +29,7 @@ class Job:
 
     Attributes:
         line: where it stands in the job list, from 1.
-        image, mask: files; masks are white where the edit may go.
+        image, mask: files, absolute: a job means the same in any process. Masks are white where the edit may go.
         instruction, seed: of the edit.
         output: file name below the output folder; its suffix decides the format.
     """
@@ -52,7 +53,7 @@ class Job:
 
 
 def read_jobs(source: Path, *, instruction: str | None = None, seed: int = 0) -> list[Job]:
-    """Read a job list. Paths in a list are relative to the list's folder.
+    """Read a job list. Paths in a list are relative to the list's folder; jobs hold them absolute.
 
     Args:
         source: a folder of pictures, or a .csv or .jsonl with the columns image, instruction (unless given here) and
@@ -71,11 +72,11 @@ def read_jobs(source: Path, *, instruction: str | None = None, seed: int = 0) ->
             raise ValueError(f"a folder of pictures ({str(source)!r}) needs --instruction; or give a CSV or JSON lines")
         pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in _PICTURES and path.is_file())
         rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(({"image": path.name} for path in pictures), 1)
-        folder = source
+        folder = source.absolute()
     else:
         text = _read_text(source)
         rows = _csv_rows(text, source) if source.suffix.lower() == ".csv" else _json_rows(text, source)
-        folder = source.parent
+        folder = source.absolute().parent
     jobs = [_job(line, row, folder, f"{source.name} line {line}", instruction, seed) for line, row in rows]
     if not jobs:
         raise ValueError(f"there is nothing to do in {str(source)!r}: no picture, no line")
@@ -176,8 +177,8 @@ def _check_outputs(jobs: list[Job], source: str) -> None:
         key = Path(job.output).as_posix().lower()  # some file systems do not tell case apart
         if key in seen:
             raise ValueError(
-                f"{source}: lines {seen[key].line} and {job.line} would both write {job.output!r}; add a column "
-                "'output' with different names"
+                f"{source}: lines {seen[key].line} and {job.line} ({seen[key].image.name}, {job.image.name}) would "
+                f"both write {job.output!r}; give them different names in the column 'output' of a list"
             )
         seen[key] = job
 

@@ -19,6 +19,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -26,7 +27,8 @@ from varedit import __version__
 from varedit.editing.durable import write_durably
 from varedit.editing.edit import EditResult, Settings
 from varedit.editing.weights import ModelIdentity, identify
-from varedit.image_processor import ImageError, LoadedImage, check_output, encode_image, load_image
+from varedit.image_processor import ImageError, LoadedImage, load_image
+from varedit.image_writer import check_output, encode_image
 from varedit.pipeline import VAREditPipeline, check_prompt, check_seed
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,9 @@ SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrain
 """IPTC's term for "edited using generative AI"."""
 
 SIDE_SUFFIX = ".varedit.json"
+EMBEDDING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""Files that carry their manifest inside; only one too long for a JPEG goes beside it."""
+
 _NAMESPACE = "urn:varedit:1.0/"
 _XMP_IN_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
 _MAX_JPEG_XMP = 65_533 - len(_XMP_IN_JPEG)
@@ -50,8 +55,10 @@ class Manifest:
 
     Attributes:
         instruction, seed, settings: of the edit.
-        input: name (without folders), sha256 of the pixels (`pixels_sha256`), width, height.
-        output: sha256 of the pixels before they were encoded, sha256 of the model's bits.
+        input: name (without folders), sha256 of the pixels (`pixels_sha256`; of 16 bits a channel also sha256_16),
+            width, height.
+        output: sha256 (and sha256_16) of the pixels before they were encoded, sha256 of the model's bits; the box of a
+            crop (left, top, right, bottom), and the motion that was found.
         model: which weights, see `weights.identify`.
         software: versions. The bits do not depend on most of them; a replay that differs names those that differ.
         device: kind and model of the processor, dtype of the weights.
@@ -118,13 +125,18 @@ def make_manifest(
         model: where it is known already; else the pipeline's weights are hashed (once a file, see `weights`).
     """
     source = result.source
-    pixels = {"sha256": pixels_sha256(source.rgb), "width": source.width, "height": source.height}
+    pixels = picture_sha256(source.rgb, source.rgb16_HW3) | {"width": source.width, "height": source.height}
+    output: dict[str, Any] = picture_sha256(result.image, result.rgb16_HW3) | {"bits_sha256": bits_sha256(result.bits)}
+    if result.box is not None:
+        output["crop"] = list(result.box)
+    if result.motion is not None:
+        output["motion"] = asdict(result.motion) | {"undone": result.aligned}
     return Manifest(
         instruction=result.prompt,
         seed=result.seed,
         settings=result.settings,
         input={"name": _base(input_name)} | pixels,
-        output={"sha256": pixels_sha256(result.image), "bits_sha256": bits_sha256(result.bits)},
+        output=output,
         model=asdict(model or identify(pipeline)),
         software=software(),
         device=device_of(pipeline),
@@ -140,13 +152,31 @@ def _base(name: str | None) -> str | None:
 # ---------------------------------------------------------------- what is hashed
 
 
-def pixels_sha256(image: Image.Image) -> str:
-    """Hash of mode, size and pixels: the same for the same picture, whatever file it came from."""
-    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
-    step = max(1, 4_000_000 // image.width)  # in bands: the bytes of a whole image would be a second copy of it
-    for top in range(0, image.height, step):
-        digest.update(image.crop((0, top, image.width, min(top + step, image.height))).tobytes())
+def pixels_sha256(image: Image.Image | np.ndarray) -> str:
+    """Hash of mode, size and pixels: the same for the same picture, whatever file it came from.
+
+    Args:
+        image: any image, or uint16 (H, W, 3).
+    """
+    if isinstance(image, np.ndarray):
+        mode, height, width = "RGB;16", *image.shape[:2]
+    else:
+        mode, height, width = image.mode, image.height, image.width
+    digest = hashlib.sha256(f"{mode} {width}x{height}\n".encode())
+    step = max(1, 4_000_000 // width)  # in bands: the bytes of a whole image would be a second copy of it
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        if isinstance(image, np.ndarray):
+            digest.update(image[top:bottom].astype("<u2").tobytes())
+        else:
+            digest.update(image.crop((0, top, width, bottom)).tobytes())
     return digest.hexdigest()
+
+
+def picture_sha256(image: Image.Image, rgb16_HW3: np.ndarray | None) -> dict[str, str]:
+    """The hashes of a picture by name: sha256 of its 8 bits a channel, sha256_16 of its 16 where it has them."""
+    full = {} if rgb16_HW3 is None else {"sha256_16": pixels_sha256(rgb16_HW3)}
+    return {"sha256": pixels_sha256(image)} | full
 
 
 def bits_sha256(bits: list[torch.Tensor]) -> str:
@@ -190,7 +220,7 @@ def device_of(pipeline: VAREditPipeline) -> dict[str, str]:
 
 
 def save_with_manifest(
-    image: Image.Image,
+    image: Image.Image | np.ndarray,
     path: str | Path,
     manifest: Manifest,
     like: LoadedImage | None = None,
@@ -202,7 +232,7 @@ def save_with_manifest(
     Whatever happens, `path` holds its old content or the whole new image.
 
     Args:
-        image, path, like, overwrite: of `image_processor.save_image`.
+        image, path, like, overwrite: of `image_writer.save_image`.
 
     Raises:
         ImageError: see `save_image`; also an existing side file without `overwrite`.
@@ -214,8 +244,7 @@ def save_with_manifest(
     side = side_file(path)
     try:
         if embedded is None:
-            if side.exists() and not overwrite:
-                raise ImageError(f"output {str(side)!r} exists already; choose another name or allow overwriting")
+            check_side_file(path, overwrite=overwrite)
             # First, so that the image is never there without its manifest.
             write_durably(side, json.dumps(manifest.to_json(), indent=1).encode())
         write_durably(path, embedded or data)
@@ -230,6 +259,12 @@ def save_with_manifest(
 def side_file(path: Path) -> Path:
     """photo.tiff -> photo.tiff.varedit.json."""
     return path.with_name(path.name + SIDE_SUFFIX)
+
+
+def check_side_file(path: Path, *, overwrite: bool = False) -> None:
+    """Raise ImageError where the side file of an output exists and must not be replaced."""
+    if side_file(path).exists() and not overwrite:
+        raise ImageError(f"output {str(side_file(path))!r} exists already; choose another name or allow overwriting")
 
 
 def embed(data: bytes, manifest: Manifest) -> bytes | None:

@@ -2,11 +2,11 @@
 
 A mask is a Pillow image of mode L and of the input's size: 255 = edit here, 0 = leave alone, between = soft edge.
 `image_mask`, `box_mask` and `polygon_mask` make one; `model_mask` brings it to the model's pixels, `token_coverage` to
-the grid of a scale, and `lock_bits` forces the source's bits outside.
+the grid of a scale, and `TokenLock` forces the source's bits outside, scale by scale.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from varedit import quantizer
 from varedit.image_processor import ImageInput, Prepared, load_image
 from varedit.scales import ScaleSchedule
+
+if TYPE_CHECKING:
+    from varedit.pipeline import SampledScale
 
 Convention = Literal["white", "transparent"]
 
@@ -107,11 +110,34 @@ def parse_box(text: str) -> tuple[float, float, float, float]:
 
 def grow(mask: Image.Image, pixels: int) -> Image.Image:
     """The mask grown by a margin on every side, so that an object drawn to the edge of the mask is not clipped."""
-    if pixels < 0:
-        raise ValueError(f"a mask cannot grow by {pixels} pixels; give 0 or more")
+    check_margin(pixels)
     if not pixels:
         return mask
     return Image.fromarray(ndimage.maximum_filter(np.asarray(mask), size=2 * pixels + 1, mode="nearest"))
+
+
+def changed_area(changed_HW: np.ndarray, size: tuple[int, int], margin: float) -> Image.Image:
+    """A mask of what an edit changed, grown by a margin that also fades out, at the size of the image.
+
+    Args:
+        changed_HW: bool, model pixels, see `ChangeMap.hard_HW`.
+        size: (width, height) of the image that the map is of.
+        margin: model pixels, above 0; the mask is full up to half of it.
+    """
+    away_HW = ndimage.distance_transform_edt(~changed_HW)
+    levels_HW = np.clip(2 - 2 * away_HW / margin, 0, 1)
+    return Image.fromarray(np.rint(levels_HW * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+
+
+def check_margin(pixels: int) -> None:
+    """Raise ValueError if a mask cannot grow by so many pixels."""
+    if not isinstance(pixels, int) or isinstance(pixels, bool) or pixels < 0:
+        raise ValueError(f"a mask cannot grow by {pixels} pixels; give a whole number, 0 or more")
+
+
+def selects(mask: Image.Image) -> bool:
+    """Whether a mask selects anything, see `SELECTED`."""
+    return int(np.asarray(mask).max()) >= SELECTED
 
 
 def _check_aspect(mask_size: tuple[int, int], size: tuple[int, int]) -> None:
@@ -127,8 +153,8 @@ def _check_aspect(mask_size: tuple[int, int], size: tuple[int, int]) -> None:
 
 
 def _check_selects(levels: Image.Image, convention: Convention) -> None:
-    largest = int(np.asarray(levels).max())
-    if largest < SELECTED:
+    if not selects(levels):
+        largest = int(np.asarray(levels).max())
         what = "white" if convention == "white" else "transparent"
         raise ValueError(f"the mask is empty (its strongest pixel is {largest} of 255); make the area to edit {what}")
 
@@ -193,9 +219,7 @@ def lock_bits(
 
     A forced cell takes the bits of what the canvas still lacks of the source, so the canvas heads for the source
     whatever was put on it before; where every coarser scale was forced too, these are exactly the source's own bits.
-    A cell is free when the mask covers enough of it: at the coarsest scale at least half, because its code reaches far
-    outside the mask; at the finest any part, so that nothing at the mask's border is clipped by the size of a cell;
-    between them in proportion. A full mask frees every cell, an empty one none.
+    Which cells are free is told by `free_cells`.
 
     Args:
         bits_BChw: bool, the bits sampled at this scale, on the tokenizer's grid (B, d, h_k, w_k).
@@ -207,6 +231,40 @@ def lock_bits(
         bool, the same shape as `bits_BChw`.
     """
     source_bits_BChw = quantizer.residual_bits(features_BChw, canvas_BChw, schedule, scale, patch_size)
-    needed = 0.5 * (1 - scale / max(schedule.num_scales - 1, 1))
-    free_Bhw = (coverage_Bhw >= needed) & (coverage_Bhw > 0)
+    free_Bhw = free_cells(coverage_Bhw, schedule, scale)
     return torch.where(free_Bhw[:, None].to(bits_BChw.device), bits_BChw, source_bits_BChw)
+
+
+def free_cells(coverage_Bhw: Tensor, schedule: ScaleSchedule, scale: int) -> Tensor:
+    """Which cells of a scale the model may choose: bool, where the mask covers enough of a cell.
+
+    At the coarsest scale at least half, because its code reaches far outside the mask; at the finest any part, so that
+    nothing at the mask's border is clipped by the size of a cell; between them soon little, for what a coarse scale may
+    not change the finest ones cannot make up for. A full mask frees every cell, an empty one none.
+    """
+    needed = 0.5 * (1 - scale / max(schedule.num_scales - 1, 1)) ** 2
+    return (coverage_Bhw >= needed) & (coverage_Bhw > 0)
+
+
+class TokenLock:
+    """The lock as a constraint of the pipeline's call: `pipeline(..., constrain_bits=TokenLock(masks_HW))`.
+
+    Args:
+        masks_HW: one an image of the call, float in [0, 1], see `model_mask`; None leaves that image free.
+    """
+
+    def __init__(self, masks_HW: Sequence[Tensor | None]) -> None:
+        self.masks_HW = masks_HW
+
+    def __call__(self, sampled: "SampledScale") -> Tensor:
+        where = sampled.schedule, sampled.scale, sampled.patch_size
+        bits = []
+        for row, index in enumerate(sampled.indices):
+            mask_HW, one = self.masks_HW[index], slice(row, row + 1)
+            locked_BChw = sampled.bits_BChw[one]
+            if mask_HW is not None:
+                coverage_Bhw = token_coverage(mask_HW, *where)[None]
+                features_BChw, canvas_BChw = sampled.features_BChw[one], sampled.canvas_BChw[one]
+                locked_BChw = lock_bits(locked_BChw, features_BChw, canvas_BChw, coverage_Bhw, *where)
+            bits.append(locked_BChw)
+        return torch.cat(bits)

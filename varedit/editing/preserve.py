@@ -13,14 +13,14 @@ resolution is that of bilateral guided upsampling and the guided filter.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage, sparse
 
-from varedit.editing.change_map import ORIENTATIONS, Calibration, ChangeMap
+from varedit.editing.change_map import ORIENTATIONS, ChangeMap
+from varedit.editing.detail import transfer
 from varedit.image_processor import LoadedImage
 
 Mode = Literal["exact", "blend", "off"]
@@ -28,27 +28,9 @@ Mode = Literal["exact", "blend", "off"]
 FEATHER = 2.0
 """Model pixels over which an exact edit fades in from the border of the changed area."""
 
-DETAIL = 2.0
-"""Standard deviation in model pixels that parts detail from tone: gains are estimated on what is finer."""
-
 _BAND_PIXELS = 500_000  # input pixels held at once as float32: about 60 MB with all fields
 
 _Picture = LoadedImage | Image.Image | np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Transfer:
-    """An edit in the form that any resolution can use. Model pixels.
-
-    Attributes:
-        source_HW3: float32, the decoded source in levels of 255, turned as the edit turned it.
-        result_HW3: float32, the decoded result, without the noise that differs from decoding to decoding.
-        gain_HW33: float32, [..., i, j] is the share of the source's detail in channel j that goes to channel i.
-    """
-
-    source_HW3: np.ndarray
-    result_HW3: np.ndarray
-    gain_HW33: np.ndarray
 
 
 def preserve(
@@ -117,92 +99,6 @@ def opacity(change: ChangeMap, mode: Mode = "exact", strength: float = 1.0) -> n
         edge = int(FEATHER) + 1
         shown = np.minimum(depth[edge:-edge, edge:-edge] / FEATHER, 1) if not changed.all() else np.ones(changed.shape)
     return (1 - strength * (1 - shown)).astype(np.float32)
-
-
-# ---------------------------------------------------------------- the transfer, in model pixels
-
-
-def transfer(change: ChangeMap, calibration: Calibration | None = None) -> Transfer:
-    """Estimate what the edit did to the source's detail, coarse to fine.
-
-    Every changed area first gets one gain (a global edit is one area), the prior of gains in windows that shrink; each
-    step moves away from its prior only as far as the source has detail there to tell. Where the result's detail cannot
-    be had from the source's, the gain falls to zero.
-    """
-    calibration = calibration or change.calibration
-    diff = change.difference
-    source, result = diff.source_HW3, diff.result_HW3
-    if change.orientation != "same":
-        source = np.ascontiguousarray(source[ORIENTATIONS[change.orientation]])
-    noise = np.square(calibration.noise(diff.contrast_HW))
-    labels = _areas(change)
-    gain = _gains(source, result, labels, float(np.mean(noise)))
-    return Transfer(source, _settle(source, result, gain, labels, noise), gain.astype(np.float32))
-
-
-def _areas(change: ChangeMap) -> np.ndarray:
-    """Area of each pixel, 0 where nothing changed: int (H, W)."""
-    if change.kind == "global":
-        return np.ones(change.hard_HW.shape, int)
-    # One pixel more on every side: the edge of what was changed tells most about how.
-    labels, _ = ndimage.label(ndimage.binary_dilation(change.hard_HW, iterations=2), np.ones((3, 3)))
-    return labels
-
-
-def _gains(source: np.ndarray, result: np.ndarray, labels: np.ndarray, noise: float) -> np.ndarray:
-    detail, wanted = (x - ndimage.gaussian_filter(x, (DETAIL, DETAIL, 0)) for x in (source, result))
-    moment = detail[..., :, None] * detail[..., None, :]
-    cross = wanted[..., :, None] * detail[..., None, :]
-    gain = np.broadcast_to(np.eye(3, dtype=np.float32), moment.shape).copy()
-    for label in range(1, labels.max() + 1):
-        inside = labels == label
-        gain[inside] = _regress(cross[inside].mean(0), moment[inside].mean(0), np.eye(3), 0.5 * noise)
-        rest = np.square(wanted[inside] - np.einsum("nij,nj->ni", gain[inside], detail[inside])).mean()
-        gain[inside] *= _explained(rest, np.square(wanted[inside]).mean(), noise) ** 2
-    changed = (labels > 0)[..., None, None]
-    for sigma in (6.0, 2.5):
-        blur = (sigma, sigma, 0, 0)
-        finer = _regress(ndimage.gaussian_filter(cross, blur), ndimage.gaussian_filter(moment, blur), gain, noise)
-        rest = np.square(wanted - np.einsum("hwij,hwj->hwi", finer, detail)).mean(-1)
-        energy = np.square(wanted).mean(-1)
-        share = _explained(ndimage.gaussian_filter(rest, sigma), ndimage.gaussian_filter(energy, sigma), noise)
-        gain = np.where(changed, finer * np.square(share)[..., None, None], gain)
-    return gain
-
-
-def _regress(cross: np.ndarray, moment: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
-    """Gain with the least squared error, drawn to the prior: (cross + ridge * prior) (moment + ridge)^-1."""
-    eye = np.eye(3, dtype=np.float32)
-    return np.swapaxes(np.linalg.solve(moment + ridge * eye, np.swapaxes(cross + ridge * prior, -1, -2)), -1, -2)
-
-
-def _explained(rest: np.ndarray, energy: np.ndarray, noise: float) -> np.ndarray:
-    """Share of the result's detail that is neither noise nor new, in [0, 1]."""
-    return 1 - np.clip((rest - noise) / np.maximum(energy, noise), 0, 1)
-
-
-def _settle(
-    source: np.ndarray, result: np.ndarray, gain: np.ndarray, labels: np.ndarray, noise: np.ndarray
-) -> np.ndarray:
-    """The result without decoding noise: gain * source plus an offset as smooth as the result allows.
-
-    The offset is built coarse to fine; at each step what is left is added in proportion to how far it exceeds the
-    noise. So tone edits come out clean, and what is drawn anew comes through whole.
-    """
-    kept = np.einsum("hwij,hwj->hwi", gain, source)
-    left = (result - kept).astype(np.float32)
-    offset = np.zeros_like(left)
-    for label in range(1, labels.max() + 1):
-        inside = labels == label
-        offset[inside] = np.median(left[inside], axis=0)
-    for sigma in (12.0, 5.0, 2.0, 0.0):
-        step = ndimage.gaussian_filter(left - offset, (sigma, sigma, 0)) if sigma else left - offset
-        energy = ndimage.gaussian_filter(np.square(step).mean(-1), max(sigma, 1.0))
-        # Errors of neighbouring pixels come from the same cell of about 8 pixels, so averages calm down slowly.
-        trust = np.maximum(1 - 1.5 * noise / (1 + sigma) / np.maximum(energy, 1e-6), 0)
-        offset += trust[..., None] * step
-    offset[labels == 0] = left[labels == 0]
-    return (kept + offset).astype(np.float32)
 
 
 # ---------------------------------------------------------------- at the input's resolution

@@ -4,7 +4,9 @@ Pictures, masks, the model and the output folder must be reachable under the sam
 is kept by the process that started the batch.
 """
 
+import itertools
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,35 +45,64 @@ def run_on_ray(chunks: list[list[Job]], folder: Path, options: "BatchOptions") -
     """Do chunks of jobs on the cluster that `RAY_ADDRESS` names, else on a local one; the `run` of `run_batch`.
 
     Yields the records of each chunk as it is done.
+
+    Raises:
+        ValueError: no Ray, or the batch ended, for instance because the model does not load.
     """
     require_ray()
     import ray
 
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
-    rows = [{"chunk": json.dumps([_absolute(job).to_json() for job in chunk])} for chunk in chunks]
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield from _run(chunks, folder, options)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _run(chunks: list[list[Job]], folder: Path, options: "BatchOptions") -> Iterator[list[dict[str, Any]]]:
+    import ray
+    from ray.exceptions import RayError
+
+    # The batch has a progress bar of its own.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    rows = [{"chunk": json.dumps([job.to_json() for job in chunk])} for chunk in chunks]
+    if options.model is not None and Path(options.model).exists():
+        options = replace(options, model=str(Path(options.model).resolve()))  # actors run in folders of their own
     on_cuda = options.device is None or options.device.startswith("cuda")
     has_cuda = on_cuda and ray.cluster_resources().get("GPU", 0) >= options.num_workers
-    model = (
-        options.model
-        if options.model is None or not Path(options.model).exists()
-        else str(Path(options.model).resolve())
-    )
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         RayWorker,
         batch_size=1,
-        concurrency=options.num_workers,
+        compute=ray.data.ActorPoolStrategy(size=options.num_workers),
+        num_cpus=processors_each(
+            [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]], options.num_workers
+        ),
         num_gpus=1 if has_cuda else 0,
-        fn_constructor_kwargs={"folder": str(folder.resolve()), "options": replace(options, model=model)},
+        fn_constructor_kwargs={"folder": str(folder.resolve()), "options": options},
     )
-    paths = {str(_absolute(job).image): str(job.image) for chunk in chunks for job in chunk}
-    masks = {str(_absolute(job).mask): str(job.mask) for chunk in chunks for job in chunk if job.mask}
-    for row in dataset.iter_rows():
-        yield [
-            record | {"image": paths[record["image"]], "mask": masks.get(record["mask"])}
-            for record in json.loads(row["records"])
-        ]
+    try:
+        for row in dataset.iter_rows():
+            yield json.loads(row["records"])
+    except RayError as error:
+        reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "unknown")
+        raise ValueError(f"the batch ended on Ray ({reason.strip()}); mend that and go on with --resume") from error
 
 
-def _absolute(job: Job) -> Job:
-    """Actors run in folders of their own."""
-    return replace(job, image=job.image.resolve(), mask=job.mask and job.mask.resolve())
+def processors_each(nodes: list[float], num_workers: int) -> float:
+    """How many processors each worker can have: a whole number, or 1/2, 1/3, ... where there are more workers.
+
+    Ray gives an actor as many threads as it reserved processors (at least one), and one processor unless told.
+
+    Args:
+        nodes: processors of each machine; those of an actor lie on one of them.
+    """
+    if sum(nodes) <= 0:  # a cluster that has yet to grow
+        return 1
+    for share in range(int(max(nodes)), 0, -1):
+        if sum(int(processors / share) for processors in nodes) >= num_workers:
+            return share
+    return 1 / next(count for count in itertools.count(2) if sum(int(n * count) for n in nodes) >= num_workers)

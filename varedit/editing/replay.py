@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -12,11 +13,13 @@ from varedit.editing.manifest import (
     bits_sha256,
     describe_mask,
     device_of,
+    picture_sha256,
     pixels_sha256,
     software,
 )
 from varedit.editing.weights import ModelIdentity, state_sha256
-from varedit.image_processor import LoadedImage, encode_image, load_image
+from varedit.image_processor import LoadedImage, load_image
+from varedit.image_writer import encode_image
 from varedit.pipeline import VAREditPipeline
 
 
@@ -62,7 +65,7 @@ def replay(
     result = apply_edit(
         pipeline, source, manifest.instruction, seed=manifest.seed, settings=manifest.settings, mask=mask
     )
-    if pixels_sha256(result.image) != manifest.output["sha256"]:
+    if not _same(manifest.output, picture_sha256(result.image, result.rgb16_HW3)):
         same_bits = bits_sha256(result.bits) == manifest.output.get("bits_sha256")
         where = "in decoding or preserving; the model chose the same bits" if same_bits else "in the model's bits"
         found.append(f"pixels: the edit came out different {where}")
@@ -72,12 +75,14 @@ def replay(
 def check_inputs(manifest: Manifest, source: LoadedImage, mask: Image.Image | None) -> list[str]:
     """What of the input and the mask is not what was edited."""
     found = []
-    if (digest := pixels_sha256(source.rgb)) != manifest.input["sha256"]:
+    given = picture_sha256(source.rgb, source.rgb16_HW3)
+    if not _same(manifest.input, given):
+        name = "sha256" if manifest.input["sha256"] != given["sha256"] else "sha256_16"
         size = f"{source.width} x {source.height}"
         recorded = f"{manifest.input.get('width')} x {manifest.input.get('height')}"
         found.append(
-            f"input: {size} pixels with sha256 {_short(digest)}, but the edit was made from {recorded} with "
-            f"{_short(manifest.input['sha256'])}"
+            f"input: {size} pixels with {name} {_short(given.get(name))}, but the edit was made from {recorded} with "
+            f"{_short(manifest.input.get(name))}"
         )
     recorded_mask = None if manifest.mask is None else manifest.mask["sha256"]
     given_mask = None if mask is None else describe_mask(mask)["sha256"]
@@ -110,12 +115,17 @@ def differing_software(manifest: Manifest, pipeline: VAREditPipeline) -> tuple[s
 def check_file(path: Path, result: EditResult) -> list[str]:
     """Whether an image file holds the pixels that writing this edit would give it."""
     found = load_image(path)
-    data = encode_image(result.image, path.suffix, result.source)
+    data = encode_image(result.pixels, path.suffix, result.source)
     wanted = load_image(io.BytesIO(data))
     alphas = [None if image.alpha is None else pixels_sha256(image.alpha) for image in (found, wanted)]
-    if pixels_sha256(found.rgb) == pixels_sha256(wanted.rgb) and alphas[0] == alphas[1]:
+    hashes = [picture_sha256(image.rgb, image.rgb16_HW3) for image in (found, wanted)]
+    if hashes[0] == hashes[1] and alphas[0] == alphas[1]:
         return []
     return [f"file: {path.name} does not hold the pixels of its edit; it was saved again, or by another encoder"]
+
+
+def _same(recorded: dict[str, Any], found: dict[str, str]) -> bool:
+    return all(recorded[name] == found.get(name) for name in ("sha256", "sha256_16") if name in recorded)
 
 
 def _short(digest: str | None) -> str:

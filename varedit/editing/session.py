@@ -10,6 +10,8 @@ on the very pixels that it did not change, so what no edit touched is the origin
 
 A step is written aside, flushed and renamed; then the head moves in one rename. So after a crash at any moment the
 folder holds all steps finished before, and at most one finished step that the head has not moved to.
+
+What needs PyTorch is imported where it is used: looking at a session and moving its head take a moment, not seconds.
 """
 
 import hashlib
@@ -21,18 +23,21 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from varedit.editing.durable import flush_folder, write_durably
-from varedit.editing.edit import EditResult, Settings, apply_edit
-from varedit.editing.manifest import Manifest, describe_mask, embed, make_manifest, pixels_sha256, save_with_manifest
-from varedit.editing.replay import Replay, replay
-from varedit.editing.weights import ModelIdentity
-from varedit.image_processor import ImageError, LoadedImage, encode_image, load_image, save_image
-from varedit.pipeline import ScaleStep, VAREditPipeline
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from varedit.editing.edit import EditResult, Settings
+    from varedit.editing.manifest import Manifest
+    from varedit.editing.replay import Replay
+    from varedit.editing.weights import ModelIdentity
+    from varedit.image_processor import LoadedImage
+    from varedit.pipeline import ScaleStep, VAREditPipeline
 
 FORMAT = "varedit-session/1"
 _ASIDE = ".aside-"  # what is being written
@@ -50,14 +55,36 @@ class Step:
     Attributes:
         number: from 1.
         parent: the step whose result was edited; 0 is the original.
-        manifest: instruction, seed, settings, hashes of input and output.
+        record: the manifest as plain values.
         folder: result.png, and change_map.png and mask.png where there are any.
     """
 
     number: int
     parent: int
-    manifest: Manifest
+    record: dict[str, Any]
     folder: Path
+
+    @property
+    def instruction(self) -> str:
+        return self.record["instruction"]
+
+    @property
+    def seed(self) -> int:
+        return self.record["seed"]
+
+    @cached_property
+    def manifest(self) -> "Manifest":
+        """Instruction, seed, settings, hashes of input and output.
+
+        Raises:
+            SessionError: it is damaged, or was written by a later version.
+        """
+        from varedit.editing.manifest import Manifest
+
+        try:
+            return Manifest.from_json(self.record)
+        except ValueError as error:
+            raise _corrupt(self.folder.parent.parent, f"steps/{self.folder.name}/step.json", str(error)) from error
 
     @property
     def result(self) -> Path:
@@ -89,6 +116,8 @@ class Session:
             ImageError: the image cannot be used.
             SessionError: the folder exists and is not empty, or cannot be written.
         """
+        from varedit.image_processor import load_image
+
         folder, image = Path(folder), Path(image)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise SessionError(f"session {str(folder)!r} exists already; name a new folder")
@@ -96,9 +125,8 @@ class Session:
         data = image.read_bytes()
         name = "original" + image.suffix.lower()
         original = {"file": name, "sha256": hashlib.sha256(data).hexdigest(), "name": image.name}
+        aside = folder.parent / f"{_ASIDE}{secrets.token_hex(8)}"
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            aside = folder.parent / f"{_ASIDE}{secrets.token_hex(8)}"
             (aside / "steps").mkdir(parents=True)
             write_durably(aside / name, data)
             _write_head(aside, original, 0)
@@ -108,6 +136,8 @@ class Session:
             flush_folder(folder.parent)
         except OSError as error:
             raise SessionError(f"session {str(folder)!r} cannot be written ({error.strerror or error})") from error
+        finally:  # after the rename there is nothing left to remove
+            shutil.rmtree(aside, ignore_errors=True)
         return cls.open(folder)
 
     @classmethod
@@ -142,16 +172,19 @@ class Session:
 
     def edit(
         self,
-        pipeline: VAREditPipeline,
+        pipeline: "VAREditPipeline",
         prompt: str,
         *,
         seed: int | None = None,
-        settings: Settings | None = None,
-        mask: Image.Image | None = None,
-        model: ModelIdentity | None = None,
-        callback_on_scale: Callable[[ScaleStep], bool | None] | None = None,
+        settings: "Settings | None" = None,
+        mask: "Image.Image | None" = None,
+        model: "ModelIdentity | None" = None,
+        callback_on_scale: "Callable[[ScaleStep], bool | None] | None" = None,
     ) -> Step:
         """Edit the head's picture; the new step becomes the head. Arguments as of `apply_edit`."""
+        from varedit.editing.edit import apply_edit
+        from varedit.editing.manifest import make_manifest
+
         result = apply_edit(
             pipeline,
             self.image(),
@@ -163,13 +196,15 @@ class Session:
         )
         return self.add(result, make_manifest(result, pipeline, input_name=self._name(self.head), model=model))
 
-    def add(self, result: EditResult, manifest: Manifest) -> Step:
+    def add(self, result: "EditResult", manifest: "Manifest") -> Step:
         """Record an edit of the head's picture; it becomes the head.
 
         Raises:
             ValueError: the edit was not made from the head's picture.
             SessionError: the folder cannot be written, for instance because the disk is full. Nothing has changed then.
         """
+        from varedit.editing.manifest import pixels_sha256
+
         if manifest.input["sha256"] != pixels_sha256(self.image().rgb):
             raise ValueError(f"the edit was not made from step {self.head}, the head of {str(self.folder)!r}")
         try:
@@ -205,12 +240,15 @@ class Session:
             number = self.steps[number].parent
         return chain[::-1]
 
-    def image(self, number: int | None = None) -> LoadedImage:
+    def image(self, number: int | None = None) -> "LoadedImage":
         """The picture of a step (the head); 0 is the original, with its alpha and EXIF.
 
         Raises:
             SessionError: its file is missing or damaged.
         """
+        from varedit.editing.manifest import picture_sha256
+        from varedit.image_processor import ImageError, load_image
+
         number = self.head if number is None else number
         self._check(number)
         file = self.original if number == 0 else self.steps[number].result
@@ -223,7 +261,9 @@ class Session:
         if number == 0:
             same = hashlib.sha256(data).hexdigest() == self._original["sha256"]
         else:
-            same = pixels_sha256(picture.rgb) == self.steps[number].manifest.output["sha256"]
+            output = self.steps[number].manifest.output
+            hashes = picture_sha256(picture.rgb, picture.rgb16_HW3)
+            same = hashes == {name: output[name] for name in ("sha256", "sha256_16") if name in output}
         if not same:
             raise _corrupt(self.folder, label, "it is not what was written")
         return picture
@@ -244,14 +284,20 @@ class Session:
         Raises:
             ImageError: see `save_image`.
         """
-        number = self.head if number is None else number
-        image, original = self.image(number).rgb, self.image(0)
-        if number == 0:
-            return save_image(image, path, like=original, overwrite=overwrite)
-        return save_with_manifest(image, Path(path), self.steps[number].manifest, original, overwrite=overwrite)
+        from varedit.editing.manifest import save_with_manifest
+        from varedit.image_writer import save_image
 
-    def replay(self, pipeline: VAREditPipeline, number: int) -> Replay:
+        number = self.head if number is None else number
+        picture, original = self.image(number), self.image(0)
+        pixels = picture.rgb if picture.rgb16_HW3 is None else picture.rgb16_HW3
+        if number == 0:
+            return save_image(pixels, path, like=original, overwrite=overwrite)
+        return save_with_manifest(pixels, Path(path), self.steps[number].manifest, original, overwrite=overwrite)
+
+    def replay(self, pipeline: "VAREditPipeline", number: int) -> "Replay":
         """Make a step again from its parent's picture, and compare."""
+        from varedit.editing.replay import replay
+
         self._check(number)
         step = self.steps[number]
         return replay(step.manifest, self.image(step.parent), pipeline, self._mask(step))
@@ -265,7 +311,11 @@ class Session:
                 f"session {str(self.folder)!r} has no step {number}; it has 0, the original, and {known}"
             )
 
-    def _mask(self, step: Step) -> Image.Image | None:
+    def _mask(self, step: Step) -> "Image.Image | None":
+        from PIL import Image
+
+        from varedit.editing.manifest import describe_mask
+
         if step.manifest.mask is None:
             return None
         label = step.mask.relative_to(self.folder).as_posix()
@@ -285,12 +335,15 @@ class Session:
         _write_head(self.folder, self._original, number)
         self.head = number
 
-    def _write_step(self, result: EditResult, manifest: Manifest) -> Step:
+    def _write_step(self, result: "EditResult", manifest: "Manifest") -> Step:
+        from varedit.editing.manifest import embed
+        from varedit.image_writer import encode_image
+
         steps = self.folder / "steps"
         aside = steps / f"{_ASIDE}{secrets.token_hex(8)}"
         aside.mkdir(parents=True)
         try:
-            data = encode_image(result.image, "png")
+            data = encode_image(result.pixels, "png")
             files = {"result.png": embed(data, manifest) or data}
             if result.change_map is not None:
                 files["change_map.png"] = _png(result.change_map.to_image())
@@ -312,7 +365,7 @@ class Session:
         finally:  # after the rename there is nothing left to remove
             shutil.rmtree(aside, ignore_errors=True)
         flush_folder(steps)
-        return Step(number, self.head, manifest, steps / f"{number:04d}")
+        return Step(number, self.head, manifest.to_json(), steps / f"{number:04d}")
 
     def _sweep(self) -> None:
         """Remove what a crash left behind."""
@@ -321,7 +374,7 @@ class Session:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(image: "Image.Image") -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -342,10 +395,9 @@ def _read_steps(folder: Path) -> list[Step]:
         parent = record.get("parent")
         if not isinstance(parent, int) or not 0 <= parent < int(entry.name):
             raise _corrupt(folder, label, f"the parent {parent!r} is no earlier step")
-        try:
-            manifest = Manifest.from_json(record.get("manifest"))
-        except ValueError as error:
-            raise _corrupt(folder, label, str(error)) from error
+        manifest = record.get("manifest")
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("instruction"), str) or "seed" not in manifest:
+            raise _corrupt(folder, label, "the manifest lacks its instruction or its seed")
         steps.append(Step(int(entry.name), parent, manifest, entry))
     return steps
 

@@ -5,9 +5,11 @@ Rows that cannot be read become problems of the benchmark: they are counted and 
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from varedit.evaluation.cases import Benchmark, Case, file_key, own, procedural
-from varedit.evaluation.features import Backbones
+from varedit.evaluation.cases import Benchmark, Case, file_key, own
+from varedit.evaluation.hub import SOURCES, download
+from varedit.evaluation.procedural import procedural
 from varedit.evaluation.tables import Table, groups, table_files
 
-EMU_REVISION = "b31936a0b6c267e87d373014034cd8fb44ced2fb"
 EMU_TYPES = ("global", "add", "text", "background", "color", "style", "remove", "local")
 EMU_ROWS = 3589
+PIE_ROWS = 700
 PIE_TYPES = (
     "random",
     "change object",
@@ -40,16 +43,6 @@ GEDIT_TYPES = (
     "subject-remove", "subject-replace", "text_change", "tone_transfer",
 )  # fmt: skip
 
-HELP = {
-    "emu-edit": "download the data set facebook/emu_edit_test_set from the Hugging Face hub (CC BY-NC 4.0)",
-    "pie-bench": "ask for it with the form linked in the PnPInversion repository; DATA holds mapping_file.json and "
-    "annotation_images/",
-    "magicbrush": "take osunlp/MagicBrush (dev) from the hub, or the test zip (password in its README); DATA holds "
-    "data/ or edit_sessions.json and images/",
-    "imgedit": "take Benchmark.tar of sysuyy/ImgEdit from the hub; DATA holds basic_edit.json and the pictures",
-    "gedit": "download the data set stepfun-ai/GEdit-Bench from the Hugging Face hub",
-}
-
 
 def load(
     name: str,
@@ -62,7 +55,8 @@ def load(
     """A benchmark by name, or a folder or .jsonl file of one's own.
 
     Args:
-        data: folder of the benchmark's files. EMU-Edit is downloaded at a pinned revision if it is None.
+        data: folder of the benchmark's files; None downloads those that lie open on the hub. Which commit was taken
+            is in the benchmark's notes; the option `revision` asks for another.
         size: of the procedural pictures.
         limit: the first so many cases.
         options: of the reader, see the functions below; texts.
@@ -72,8 +66,8 @@ def load(
     """
     options = dict(options or {})
     if name == "procedural":
-        _no_more(name, options)
-        return procedural(data, size, limit)
+        _check_options(name, procedural, options)
+        return procedural(data, size, limit, **options)
     readers: dict[str, Callable[..., Benchmark]] = {
         "emu-edit": emu_edit,
         "pie-bench": pie_bench,
@@ -83,51 +77,36 @@ def load(
         "gedit": gedit,
     }
     if name not in readers:
-        _no_more(name, options)
+        _check_options(name, own, options)
         return own(Path(name)).first(limit)
+    published = name.removesuffix("-multi")
+    notes: dict[str, Any] = {}
+    revision = options.pop("revision", None) if data is None else None
+    _check_options(name, readers[name], options)
     if data is None:
-        if name != "emu-edit":
-            raise ValueError(f"{name} needs --data: {HELP[name.removesuffix('-multi')]}")
-        data = _download("facebook/emu_edit_test_set", EMU_REVISION, name)
+        data, notes["revision"] = download(published, revision)
     if not data.is_dir():
-        raise ValueError(f"data folder {data} does not exist: {HELP[name.removesuffix('-multi')]}")
-    try:
-        benchmark = readers[name](data, **options)
-    except TypeError as error:
-        raise ValueError(f"reader option of {name} is unknown ({error})") from error
+        raise ValueError(f"data folder {data} does not exist: {SOURCES[published].help}")
+    benchmark = readers[name](data, **options)
     if not benchmark.cases:
         first = f": {benchmark.problems[0]}" if benchmark.problems else ""
         raise ValueError(f"{name} in {data} has no usable row{first}")
-    return benchmark.first(limit)
+    return replace(benchmark, notes=benchmark.notes | notes).first(limit)
 
 
-def backbones_of(name: str, device: str = "cpu") -> Backbones:
-    """The networks and preparation that a benchmark's reference uses."""
-    if name == "pie-bench":
-        return Backbones(clip_name="openai/clip-vit-large-patch14", preprocessing="pie-bench", device=device)
-    return Backbones(device=device)
-
-
-def _no_more(name: str, options: dict[str, str]) -> None:
-    if options:
-        raise ValueError(f"reader option {sorted(options)[0]!r} is unknown; {name} takes none")
+def _check_options(name: str, reader: Callable[..., Benchmark], options: dict[str, str]) -> None:
+    """All options have to be known, before anything is downloaded."""
+    parameters = inspect.signature(reader).parameters.values()
+    known = [one.name for one in parameters if one.name not in ("data", "path", "size", "limit", "turns")]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"reader option {option!r} is unknown; {name} takes {', '.join(known) or 'none'}")
 
 
 def _choice(name: str, value: str, *allowed: str) -> str:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}: use {' or '.join(allowed)}")
     return value
-
-
-def _download(repository: str, revision: str, name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, repo_type="dataset"))
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
-        raise ValueError(
-            f"{name} is not at hand and cannot be downloaded ({type(error).__name__}); {HELP[name]} and pass --data"
-        ) from error
 
 
 # ---- EMU-Edit
@@ -151,7 +130,7 @@ def emu_edit(data: Path, bad_captions: str = "keep", split: str = "reported") ->
         split = "validation" if swapped else "test"
     files = table_files(data, split, ".parquet")
     if not files:
-        raise ValueError(f"{data} has no {split}-*.parquet: {HELP['emu-edit']}")
+        raise ValueError(f"{data} has no {split}-*.parquet: {SOURCES['emu-edit'].help}")
     table = Table(files, ("image", "edited_image"))
     repeated = Counter(str(row[side]).lower() for row in table.rows for side in ("input_caption", "output_caption"))
     cases, problems, notes = [], [], Counter({"identical_captions": 0, "placeholder_captions": 0, "dropped": 0})
@@ -250,7 +229,8 @@ def pie_bench(data: Path) -> Benchmark:
         except (KeyError, ValueError, TypeError, OSError) as error:
             problems.append((str(key), f"{type(error).__name__}: {error}"))
     names = ("structure", "psnr", "lpips", "mse", "ssim", "clip_whole", "clip_edit")
-    return Benchmark("pie-bench", tuple(cases), names, fit="corner", problems=tuple(problems))
+    notes = {"rows": len(mapping), "rows_expected": PIE_ROWS}
+    return Benchmark("pie-bench", tuple(cases), names, fit="corner", problems=tuple(problems), notes=notes)
 
 
 def _no_brackets(prompt: str) -> str:
@@ -323,7 +303,7 @@ def _magicbrush_folder(data: Path) -> tuple[dict[str, list[dict[str, Any]]], lis
 def _magicbrush_table(data: Path, split: str) -> dict[str, list[dict[str, Any]]]:
     files = table_files(data, split, ".parquet")
     if not files:
-        raise ValueError(f"{data} has neither edit_sessions.json nor {split}-*.parquet: {HELP['magicbrush']}")
+        raise ValueError(f"{data} has neither edit_sessions.json nor {split}-*.parquet: {SOURCES['magicbrush'].help}")
     table = Table(files, ("source_img", "mask_img", "target_img"))
     sessions: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(table.rows, key=lambda row: (str(row["img_id"]), row["turn_index"])):
@@ -374,7 +354,7 @@ def gedit(data: Path, language: str = "en", subset: str = "full") -> Benchmark:
     _choice("subset", subset, "full", "intersection")
     files = table_files(data, "", ".parquet", ".arrow") or sorted(data.glob("train/*.arrow"))
     if not files:
-        raise ValueError(f"{data} has no .parquet or .arrow files: {HELP['gedit']}")
+        raise ValueError(f"{data} has no .parquet or .arrow files: {SOURCES['gedit'].help}")
     table = Table(files, ("input_image", "input_image_raw"))
     cases, problems = [], []
     for row in table.rows:
@@ -392,7 +372,8 @@ def gedit(data: Path, language: str = "en", subset: str = "full") -> Benchmark:
                 extra={"file": f"fullset/{row['task_type']}/{language}/{row['key']}.png"},
             )
         )
-    return Benchmark("gedit", tuple(cases), (), {"language": language, "subset": subset}, problems=tuple(problems))
+    settings = {"language": language, "subset": subset}
+    return Benchmark("gedit", tuple(cases), (), settings, mean_over="types", problems=tuple(problems))
 
 
 def _json(data: Path, name: str, benchmark: str) -> dict[str, Any]:
@@ -400,9 +381,9 @@ def _json(data: Path, name: str, benchmark: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{data / name} cannot be read ({error}): {HELP[benchmark]}") from error
+        raise ValueError(f"{data / name} cannot be read ({error}): {SOURCES[benchmark].help}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is no JSON object: {HELP[benchmark]}")
+        raise ValueError(f"{path} is no JSON object: {SOURCES[benchmark].help}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What is evaluated: cases, the procedural benchmark, and a folder or JSON lines of one's own.
+"""What is evaluated: cases, benchmarks, and a folder or JSON lines of one's own.
 
 A case is read when it is used: pictures are paths or functions until then.
 """
@@ -10,9 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -34,6 +33,7 @@ class Case:
         source: what is edited; for a later turn of a chain the recorded source, see `previous`.
         edit_type: the benchmark's own name of the kind of edit.
         target: the known answer, if there is one. mask: True (white) where pixels may change, if known.
+        groups: further sets of cases that it belongs to and that get a row of their own beside the types.
         regions: the parts that all have to be done, bool (H, W) each; only where the answer is exact.
         source_caption, target_caption: captions before and after; empty if unknown.
         previous: key of the case whose result is edited here (chained turns); None edits `source`.
@@ -45,6 +45,7 @@ class Case:
     instruction: str
     source: Picture
     edit_type: str = ""
+    groups: tuple[str, ...] = ()
     target: Picture | None = None
     mask: Picture | None = None
     regions: Callable[[], list[np.ndarray]] | None = None
@@ -65,6 +66,7 @@ class Benchmark:
         metrics: names of the scores that the benchmark's reference reports, see `scores.METRICS`.
         settings: how the cases were read; part of the protocol.
         fit: what happens to results of the wrong size.
+        mean_over: "cases", or "types" where the reference averages the means of its types (GEdit-Bench).
         problems: rows that could not be read: (key or row, reason).
         notes: what a reader wants to be known, such as how many rows were left out; not part of the protocol.
     """
@@ -74,6 +76,7 @@ class Benchmark:
     metrics: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     fit: Fit = "resize"
+    mean_over: Literal["cases", "types"] = "cases"
     problems: tuple[tuple[str, str], ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -119,17 +122,25 @@ def read_mask(mask: Picture, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: unreadable, or of another size than `size` (height, width).
     """
-    if isinstance(mask, Path):
-        try:
-            with Image.open(mask) as image:
-                pixels = np.asarray(image.convert("L")) > 127
-        except OSError as error:
-            raise ValueError(f"mask {mask} cannot be read: {error}") from error
-    else:
-        pixels = mask() if callable(mask) else mask
+    pixels = mask_pixels(mask)
     if pixels.shape != size or pixels.dtype != bool:
         raise ValueError(f"mask is {pixels.dtype} {pixels.shape}, its picture {size}: they must have one size")
     return pixels
+
+
+def mask_pixels(mask: Picture) -> np.ndarray:
+    """The pixels of a mask as they are given; of a file, where it is white.
+
+    Raises:
+        ValueError: a file that is missing or no picture.
+    """
+    if isinstance(mask, Path):
+        try:
+            with Image.open(mask) as image:
+                return np.asarray(image.convert("L")) > 127
+        except OSError as error:
+            raise ValueError(f"mask {mask} cannot be read: {error}") from error
+    return mask() if callable(mask) else mask
 
 
 def file_key(*parts: object) -> str:
@@ -142,114 +153,6 @@ def file_key(*parts: object) -> str:
 def picture_digest(pixels: np.ndarray) -> str:
     """Hash of the pixels and their shape."""
     return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
-
-
-# ---- the procedural benchmark
-
-PROCEDURAL_SEED = 2024
-PROCEDURAL_CASES = 300
-
-
-class _Procedural:
-    """Pairs of the test split of the procedural world, drawn again whenever they are read (30 ms each)."""
-
-    def __init__(self, data: Path | None, size: int) -> None:
-        from varedit.data.synthetic import World
-        from varedit.data.synthetic.scene import Renderer
-
-        objects, photos = (
-            data / name if data is not None and (data / name).is_dir() else None for name in ("objects", "photos")
-        )
-        if data is not None and objects is None and photos is None:
-            raise ValueError(
-                f"data folder {data} has neither objects/ nor photos/; leave --data out to draw everything"
-            )
-        self.settings = {"objects": objects is not None, "photos": photos is not None, "size": size}
-        self.world = World(objects=objects, photos=photos, split="test", size=size)
-        self._renderer = Renderer(objects, None, "test", self.world.height, self.world.width)
-        self.pair = lru_cache(maxsize=4)(partial(self.world.pair, PROCEDURAL_SEED))
-
-    def picture(self, index: int, role: str) -> np.ndarray:
-        return getattr(self.pair(index), role)
-
-    def regions(self, index: int) -> list[np.ndarray]:
-        """The parts that have to be done, read off the two scene graphs: bool (H, W) each.
-
-        Old and new place of every object that differs; then the background and, under a change of the whole picture,
-        everything else.
-        """
-        from varedit.data.synthetic.scene import Item
-
-        pair, footprint = self.pair(index), self._renderer.footprint
-        before, after = (tuple(Item(**item) for item in graph["objects"]) for graph in (pair.scene, pair.target_scene))
-        regions = [footprint((item,)) for item in before if item not in after]
-        regions += [footprint((item,)) for item in after if item not in before]
-        regions = _distinct(regions)
-        rest = ~np.any([np.zeros_like(pair.mask), *regions], axis=0)
-        if pair.scene["filters"] != pair.target_scene["filters"]:
-            regions.append(rest)
-        elif pair.scene["background"] != pair.target_scene["background"]:
-            regions.append(rest & ~footprint(after, opaque=True))
-        return regions
-
-
-def _distinct(regions: list[np.ndarray]) -> list[np.ndarray]:
-    """A recoloured object has one footprint, not two."""
-    found: list[np.ndarray] = []
-    for region in regions:
-        if not any(np.array_equal(region, other) for other in found):
-            found.append(region)
-    return found
-
-
-def procedural(data: Path | None = None, size: int = 128, limit: int | None = None) -> Benchmark:
-    """The procedural benchmark: held-out scenes, objects and phrasings with exact answers.
-
-    Args:
-        data: folder with objects/ (cut-outs) and photos/; None draws everything.
-        size: size class of the pictures.
-        limit: number of cases; None takes `PROCEDURAL_CASES`.
-
-    Cases whose change vanishes under the checker's filter are passed over; their number is in the notes.
-
-    Raises:
-        ValueError: a folder without objects and photos, an unknown size, a limit below 1.
-    """
-    from varedit.evaluation.checker import visible_change
-
-    wanted = PROCEDURAL_CASES if limit is None else limit
-    if wanted < 1:
-        raise ValueError(f"limit is {wanted}: use at least 1")
-    reader = _Procedural(data, size)
-    cases: list[Case] = []
-    index, passed_over = 0, 0
-    while len(cases) < wanted:
-        pair = reader.pair(index)
-        if visible_change(pair.source, pair.target, reader.regions(index)):
-            cases.append(_procedural_case(reader, index))
-        else:
-            passed_over += 1
-        index += 1
-    settings = reader.settings | {"seed": PROCEDURAL_SEED}
-    metrics = ("success", "completeness", "preservation", "stray", "balance", "outside_psnr")
-    return Benchmark("procedural", tuple(cases), metrics, settings, notes={"not_visible": passed_over})
-
-
-def _procedural_case(reader: _Procedural, index: int) -> Case:
-    pair = reader.pair(index)
-    source, target, mask = (partial(reader.picture, index, role) for role in ("source", "target", "mask"))
-    return Case(
-        key=f"{index:05d}",
-        instruction=pair.instruction,
-        source=source,
-        edit_type=pair.edit_type,
-        target=target,
-        mask=mask,
-        regions=partial(reader.regions, index),
-        source_caption=pair.source_caption,
-        target_caption=pair.target_caption,
-        extra={"edit": pair.target_scene["edit"], "held_out": list(pair.held_out)},
-    )
 
 
 # ---- one's own
@@ -314,10 +217,10 @@ def _records(folder: Path) -> Benchmark:
         Case(
             key=f"{number:05d}",
             instruction=record.instruction,
-            source=record.source,
+            source=cast(Path, record.source),  # pictures of a folder stay paths
             edit_type=record.edit_type,
-            target=record.target,
-            mask=record.mask,
+            target=cast(Path, record.target),
+            mask=cast(Path | None, record.mask),
             source_caption=str(record.extra.get("source_caption", "")),
             target_caption=str(record.extra.get("target_caption", "")),
         )

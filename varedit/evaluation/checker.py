@@ -56,6 +56,8 @@ class Verdict:
 
     Attributes:
         success: every region is done and the rest is untouched.
+        closer: inside the mask nearer to the target than to the source, by mean absolute difference.
+        half: at most half of the way to the target is left there.
         completeness: 0 (nothing of the edit) to 1 (all of it), the mean over the regions.
         regions: completeness of each region, in the order given.
         preservation: 1 - sqrt(stray): 1 is untouched, 0 when the whole frame strayed.
@@ -66,6 +68,8 @@ class Verdict:
     """
 
     success: bool
+    closer: bool
+    half: bool
     completeness: float
     regions: tuple[float, ...]
     preservation: float
@@ -105,8 +109,13 @@ def check(
     )
     stray = float(stray_pixels(source, target, result, mask).mean())
     mean, preservation = float(np.mean(done)), 1 - float(np.sqrt(stray))
+    way, left, back = (
+        np.abs(one[mask] - two[mask]).mean() for one, two in ((before, after), (got, after), (got, before))
+    )
     return Verdict(
         success=min(done) >= DONE and even and stray <= UNTOUCHED,
+        closer=left < back,
+        half=left < way / 2,
         completeness=mean,
         regions=done,
         preservation=preservation,

@@ -10,13 +10,13 @@ An editor is named by a SPEC:
     command:TEMPLATE  a command line with {source}, {instruction}, {output}, {seed}
     folder:DIR        finished results DIR/KEY.png (or a path with {key})
 
-Options follow a question mark: `diffusers:timbrooks/instruct-pix2pix?guidance_scale=7.5&image_guidance_scale=1.5`.
+Options follow a question mark, as in an address: `varedit?temperature=0&preserve=exact`,
+`diffusers:timbrooks/instruct-pix2pix?guidance_scale=7.5&image_guidance_scale=1.5`.
 """
 
 from __future__ import annotations
 
 import base64
-import inspect
 import io
 import json
 import os
@@ -28,20 +28,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from varedit.evaluation.cases import Case, read_picture
 
 SPECS = "varedit[:MODEL], identity, oracle, diffusers:ID, openai:URL, command:TEMPLATE or folder:DIR"
-DIPTYCH = (
-    "A diptych with two side-by-side images of the same scene. "
-    "On the right, the scene is exactly the same as on the left but {instruction}"
-)
-"""The prompt with which ICEdit was trained."""
 
 
 class EditFailed(RuntimeError):
@@ -54,10 +50,14 @@ class Editor(Protocol):
     Attributes:
         settings: all that shapes its results, as plain JSON values; a run is resumed only with equal settings.
         concurrent: True if several cases may be edited at once from threads.
+        batched: True if several cases in one call are faster than one by one.
+        place: where its memory is held: in this process, in programs that it starts, or elsewhere.
     """
 
     settings: dict[str, Any]
-    concurrent: bool
+    concurrent: bool = False
+    batched: bool = False
+    place: Literal["process", "children", "elsewhere"] = "process"
 
     def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
         """The edited picture, RGB of any size.
@@ -67,6 +67,12 @@ class Editor(Protocol):
         """
         ...
 
+    def edit_all(
+        self, cases: Sequence[Case], sources: Sequence[Image.Image], seeds: Sequence[int]
+    ) -> list[Image.Image]:
+        """Several cases in one call; the pictures are those that `edit` gives for each."""
+        return [self.edit(*one) for one in zip(cases, sources, seeds)]
+
 
 def make_editor(spec: str, device: str | None = None) -> Editor:
     """The editor of a SPEC (see the top of this module). Models load at the first edit.
@@ -75,16 +81,17 @@ def make_editor(spec: str, device: str | None = None) -> Editor:
         ValueError: an unknown or incomplete SPEC.
     """
     kind, _, rest = spec.partition(":")
-    if kind == "varedit":
-        name, options = _options(rest, {"guidance_scale", "temperature", "top_p", "size", "fit"})
+    if kind.partition("?")[0] == "varedit":  # the default model needs no colon before its options
+        rest = rest or kind.removeprefix("varedit")
+        name, options = parse_options(rest)
         return VAREditEditor(name or None, options, device)
     if kind == "command":
         return CommandEditor(rest)
     if kind in ("identity", "oracle") and not rest:
         return _KnownEditor(kind)
     makers: dict[str, Callable[[], Editor]] = {
-        "diffusers": lambda: DiffusersEditor(*_options(rest), device),
-        "openai": lambda: OpenAIEditor(*_options(rest)),
+        "diffusers": lambda: _diffusers(rest, device),
+        "openai": lambda: OpenAIEditor(*parse_options(rest)),
         "folder": lambda: FolderEditor(rest),
     }
     if kind not in makers or not rest:
@@ -92,7 +99,13 @@ def make_editor(spec: str, device: str | None = None) -> Editor:
     return makers[kind]()
 
 
-def _options(text: str, known: set[str] | None = None) -> tuple[str, dict[str, Any]]:
+def _diffusers(rest: str, device: str | None) -> Editor:
+    from varedit.evaluation.diffusers_editor import DiffusersEditor
+
+    return DiffusersEditor(*parse_options(rest), device)
+
+
+def parse_options(text: str) -> tuple[str, dict[str, Any]]:
     """NAME?a=1&b=x -> the name and its options; numbers and true/false become such."""
     name, _, query = text.partition("?")
     options: dict[str, Any] = {}
@@ -101,13 +114,10 @@ def _options(text: str, known: set[str] | None = None) -> tuple[str, dict[str, A
             options[key] = json.loads(value)
         except ValueError:
             options[key] = value
-    unknown = set(options) - known if known is not None else set()
-    if unknown:
-        raise ValueError(f"option {sorted(unknown)[0]!r} of {text!r} is unknown; use {', '.join(sorted(known or ()))}")
     return name, options
 
 
-class _KnownEditor:
+class _KnownEditor(Editor):
     """The source (identity) or the known answer (oracle)."""
 
     concurrent = True
@@ -123,23 +133,50 @@ class _KnownEditor:
         return Image.fromarray(read_picture(case.target))
 
 
-class VAREditEditor:
-    """Our pipeline. Settings hold the model's own defaults and a hash of its weights once it is loaded."""
+class VAREditEditor(Editor):
+    """Our pipeline. Settings hold the model's own defaults and a hash of its weights once it is loaded.
 
-    concurrent = False
+    Options: the `dtype`, and those of `editing.edit.Settings`: of the pipeline's call (`guidance_scale`, `temperature`,
+    `top_p`, `size`, `fit`), and what becomes of the pixels that the edit did not change (`preserve`, `strength`, ...).
+    Nothing is preserved unless asked for, so that scores outside the mask are those of what the model draws.
+    """
+
+    batched = True
 
     def __init__(self, model: str | None, options: dict[str, Any], device: str | None) -> None:
+        import torch
+
+        from varedit.editing.edit import Settings
         from varedit.pipeline import load_pipeline
 
-        self.pipeline = load_pipeline(model, device)
+        known = {"dtype", *(item.name for item in fields(Settings))} - {"calibration"}
+        for option in options:
+            if option not in known:
+                raise ValueError(f"option {option!r} of varedit is unknown; use {', '.join(sorted(known))}")
+        chosen = {"preserve": "off", "lock": "off", "crop": "off", **options}
+        dtype = chosen.pop("dtype", None)
+        if dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"dtype {dtype!r} is unknown; use float32 or bfloat16")
+        wanted = Settings.from_json(chosen)
+        self.pipeline = load_pipeline(model, device, getattr(torch, dtype) if dtype else None)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.options = options
-        names = ("size", "fit", "guidance_scale", "temperature", "top_p")
-        chosen = {name: options.get(name, self.pipeline.config[name]) for name in names}
-        self.settings = {"editor": "varedit", "weights": weights_digest(self.pipeline), **chosen}
+        self.edit_settings = wanted.resolved(self.pipeline)
+        digest, precision = weights_digest(self.pipeline), str(self.pipeline.dtype)
+        self.settings = {"editor": "varedit", "weights": digest, "dtype": precision, **self.edit_settings.to_json()}
 
     def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
-        return self.pipeline(source, case.instruction, seed=seed, **self.options).images[0]
+        return self.edit_all([case], [source], [seed])[0]
+
+    def edit_all(
+        self, cases: Sequence[Case], sources: Sequence[Image.Image], seeds: Sequence[int]
+    ) -> list[Image.Image]:
+        from varedit.editing.edit import EditRequest, apply_edits
+
+        requests = [
+            EditRequest(source, case.instruction, seed)
+            for case, source, seed in zip(cases, sources, seeds, strict=True)
+        ]
+        return [result.image for result in apply_edits(self.pipeline, requests, self.edit_settings)]
 
 
 def weights_digest(pipeline: Any) -> str:
@@ -149,120 +186,22 @@ def weights_digest(pipeline: Any) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for part in ("transformer", "image_tokenizer"):
+    parts = [part for part in ("transformer", "image_tokenizer", "text_encoder") if getattr(pipeline, part) is not None]
+    for part in parts:
         for name, value in sorted(getattr(pipeline, part).state_dict().items()):
             digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-class DiffusersEditor:
-    """Any diffusers pipeline that edits by instruction, and fill pipelines with an adapter.
-
-    Options: `layout` (else read off the pipeline's call), `lora` (repository or folder) with `lora_file`, `dtype`,
-    `side` (the source is resized to this short side), all others go to the call.
-
-    Layouts: "edit" passes the source and the instruction; "omnigen" passes it in `input_images`; "fill" lets a fill
-    pipeline redraw the whole frame while it sees all of the source (ACE++); "diptych" puts the source left and takes
-    the right half (ICEdit).
-    """
-
-    concurrent = False
-    LAYOUTS = ("edit", "omnigen", "fill", "diptych")
-
-    def __init__(
-        self, name: str, options: dict[str, Any], device: str | None = None, pipeline: Any | None = None
-    ) -> None:
-        self.settings = {"editor": "diffusers", "model": name, **options}
-        own = {key: options.pop(key, None) for key in ("layout", "lora", "lora_file", "dtype", "side")}
-        self.side, self.options = own["side"], options
-        self.pipeline = pipeline if pipeline is not None else _load_diffusers(name, own, device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        parameters = inspect.signature(self.pipeline.__call__).parameters
-        self.layout = own["layout"] or ("omnigen" if "input_images" in parameters else "edit")
-        if self.layout not in self.LAYOUTS:
-            raise ValueError(f"layout {self.layout!r} is unknown; use {', '.join(self.LAYOUTS)}")
-        if own["layout"] is None and "mask_image" in parameters:
-            raise ValueError(f"{name} fills masks; say layout=fill or layout=diptych")
-        self.sized = {"height", "width"} <= set(parameters)
-
-    def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
-        import torch
-
-        source = self._sized(source)
-        arguments = self._arguments(case.instruction, source)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        if self.layout == "fill":
-            self._show(source)
-        try:
-            result = self.pipeline(**(arguments | self.options), generator=generator).images[0].convert("RGB")
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise EditFailed(f"{type(error).__name__}: {error}") from error
-        if self.layout == "diptych":
-            result = result.crop((result.width // 2, 0, result.width, result.height))
-        return result
-
-    def _show(self, source: Image.Image) -> None:
-        """Let a fill pipeline see the source under the mask: it would black out what it may redraw."""
-        visible = self.pipeline.image_processor.preprocess(source)
-
-        def prepare(mask: Any, masked_image: Any, *rest: Any) -> Any:
-            return type(self.pipeline).prepare_mask_latents(
-                self.pipeline, mask, visible.to(masked_image.device, masked_image.dtype), *rest
-            )
-
-        self.pipeline.prepare_mask_latents = prepare
-
-    def _sized(self, source: Image.Image) -> Image.Image:
-        """Sides as asked for, in steps of 16 as latent models need."""
-        scale = self.side / min(source.size) if self.side else 1.0
-        width, height = (max(16, round(side * scale / 16) * 16) for side in source.size)
-        size = (width, height)
-        return source if size == source.size else source.resize(size, Image.Resampling.LANCZOS)
-
-    def _arguments(self, instruction: str, source: Image.Image) -> dict[str, Any]:
-        width, height = source.size
-        arguments: dict[str, Any]
-        if self.layout == "omnigen":
-            arguments = {"prompt": f"<img><|image_1|></img> {instruction}", "input_images": [source]}
-        elif self.layout == "fill":
-            arguments = {"prompt": instruction, "image": source, "mask_image": Image.new("L", source.size, 255)}
-        elif self.layout == "diptych":
-            both, mask = Image.new("RGB", (2 * width, height)), Image.new("L", (2 * width, height), 0)
-            both.paste(source, (0, 0))
-            both.paste(source, (width, 0))
-            mask.paste(255, (width, 0, 2 * width, height))
-            arguments = {"prompt": DIPTYCH.format(instruction=instruction), "image": both, "mask_image": mask}
-            width *= 2
-        else:
-            arguments = {"prompt": instruction, "image": source}
-        return arguments | ({"height": height, "width": width} if self.sized else {})
-
-
-def _load_diffusers(name: str, own: dict[str, Any], device: str | None) -> Any:
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from varedit.pipeline import default_device
-
-    device = device or default_device()
-    dtype = getattr(torch, own["dtype"] or ("float32" if device == "cpu" else "bfloat16"))
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
-        if own["lora"]:
-            pipeline.load_lora_weights(own["lora"], weight_name=own["lora_file"])
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the pipeline {name!r}: {str(error).strip().splitlines()[0]}") from error
-    return pipeline.to(device)
-
-
-class OpenAIEditor:
+class OpenAIEditor(Editor):
     """POST URL/images/edits with a file and a prompt, as OpenAI's API has it. The key comes from OPENAI_API_KEY.
 
     Options: `model`, `timeout` (seconds), all others are sent as form fields (size, quality, n is always 1).
     """
 
     concurrent = True
+    place = "elsewhere"
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         if not url.startswith(("http://", "https://")):
@@ -323,13 +262,14 @@ def _multipart(fields: dict[str, str], png: bytes) -> tuple[bytes, str]:
     return b"".join(parts), f"multipart/form-data; boundary={boundary}"
 
 
-class CommandEditor:
+class CommandEditor(Editor):
     """Runs a command once a case: for editors that live in repositories of their own.
 
     The template is split as a shell would, but no shell runs: instructions cannot inject commands.
     """
 
     concurrent = True
+    place = "children"
     TIMEOUT = 1800
 
     def __init__(self, template: str) -> None:
@@ -373,7 +313,7 @@ def _fill(word: str, values: dict[str, str]) -> str:
     return re.sub("|".join(map(re.escape, values)), lambda found: values[found.group()], word)
 
 
-class FolderEditor:
+class FolderEditor(Editor):
     """Results made elsewhere: DIR/KEY.png, .jpg, .jpeg or .webp, or a path that contains {key}.
 
     Also found where a benchmark's own tools put them: MagicBrush DIR/ID/KEY.png, GEdit-Bench

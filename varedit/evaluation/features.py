@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from varedit.evaluation.cases import picture_digest
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,7 +35,7 @@ def clip_pixels(picture: np.ndarray, side: int, preprocessing: Preprocessing) ->
     elif preprocessing in ("pie-bench", "magicbrush"):
         image_13HW = _crop(picture, side, side)
     else:
-        raise ValueError(f"preprocessing {preprocessing!r} is unknown; use pie-bench, magicbrush or ip2p")
+        raise ValueError(f"preprocessing {preprocessing!r} is unknown; use {', '.join(get_args(Preprocessing))}")
     return _normalise(image_13HW, CLIP_MEAN, CLIP_STD)
 
 
@@ -45,25 +47,32 @@ def dino_pixels(picture: np.ndarray) -> Tensor:
 def structure_pixels(picture: np.ndarray) -> Tensor:
     """Input of the structure distance, (1, 3, h, w): short side 224, long side at most 480.
 
-    PIE-Bench's reference applies the ImageNet statistics to 0..255, without dividing by 255 first; its published
-    numbers are made that way, so this does the same.
+    PIE-Bench's reference applies the ImageNet statistics to 0..255, without dividing by 255 first, and in the
+    environment it names (torchvision 0.13) tensors are resized without antialiasing; its published numbers are made
+    that way, so this does the same.
     """
     height, width = picture.shape[:2]
-    scale = min(224 / min(height, width), 480 / max(height, width))
-    size = (max(1, int(height * scale)), max(1, int(width * scale)))
+    size = _resized(height, width, 224, 480)
     image_13HW = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
     if size != (height, width):
-        image_13HW = F.interpolate(image_13HW, size=size, mode="bilinear", align_corners=False, antialias=True)
+        image_13HW = F.interpolate(image_13HW, size=size, mode="bilinear", align_corners=False)
     return _normalise(image_13HW, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _resized(height: int, width: int, short: int, longest: int | None = None) -> tuple[int, int]:
+    """Height and width with the short side at `short`, rounded down as torchvision and transformers do."""
+    least, most = min(height, width), max(height, width)
+    new_least, new_most = short, int(short * most / least)
+    if longest is not None and new_most > longest:
+        new_least, new_most = int(longest * new_least / new_most), longest
+    return (new_least, new_most) if height <= width else (new_most, new_least)
 
 
 def _crop(picture: np.ndarray, short: int, side: int) -> Tensor:
     """Short side to `short` (bicubic), the centre of `side`, on [0, 1]: (1, 3, side, side)."""
-    image = Image.fromarray(picture)
-    scale = short / min(image.size)
-    width, height = (short if edge == min(image.size) else int(edge * scale) for edge in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    height, width = _resized(picture.shape[0], picture.shape[1], short)
+    image = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - side) / 2), round((height - side) / 2)
     pixels = np.array(image.crop((left, top, left + side, top + side)))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
@@ -99,22 +108,36 @@ def clip_direction(
 
 @dataclass
 class Clip:
-    """A CLIP model with its tokenizer."""
+    """A CLIP model with its tokenizer. The last embeddings are kept: several scores of a case ask for the same ones."""
 
     model: Any
     tokenizer: Any
     preprocessing: Preprocessing = "magicbrush"
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    @torch.no_grad()
     def image(self, picture: np.ndarray) -> Tensor:
         """Embedding (D,) of uint8 (H, W, 3), not normalised."""
+        return self._keep(picture_digest(picture), lambda: self._image(picture))
+
+    def text(self, text: str) -> Tensor:
+        """Embedding (D,) of a caption, cut at the model's length; not normalised."""
+        return self._keep(f"text {text}", lambda: self._text(text))
+
+    def _keep(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        if key not in self._kept:
+            if len(self._kept) >= 8:
+                del self._kept[next(iter(self._kept))]  # the oldest
+            self._kept[key] = compute()
+        return self._kept[key]
+
+    @torch.no_grad()
+    def _image(self, picture: np.ndarray) -> Tensor:
         side = self.model.config.vision_config.image_size
         pixels = clip_pixels(picture, side, self.preprocessing).to(self.model.device, self.model.dtype)
         return _pooled(self.model.get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
-    def text(self, text: str) -> Tensor:
-        """Embedding (D,) of a caption, cut at the model's length; not normalised."""
+    def _text(self, text: str) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(text, truncation=True, max_length=length, return_tensors="pt").to(self.model.device)
         return _pooled(
@@ -219,6 +242,38 @@ class Backbones:
         from transformers import ViTModel
 
         return _load(lambda source: ViTModel.from_pretrained(source, add_pooling_layer=False), name, self.device)
+
+
+NETWORKS = ("clip", "dino", "structure")
+
+
+def backbones_of(
+    benchmark: str,
+    device: str = "cpu",
+    preprocessing: str | None = None,
+    networks: dict[str, str] | None = None,
+) -> Backbones:
+    """The networks and the preparation that a benchmark's reference uses.
+
+    Args:
+        preprocessing: another preparation for CLIP.
+        networks: other networks by role, names or folders for transformers.
+
+    Raises:
+        ValueError: an unknown preparation or role.
+    """
+    chosen: dict[str, Any] = {"device": device}
+    if benchmark == "pie-bench":
+        chosen |= {"clip_name": "openai/clip-vit-large-patch14", "preprocessing": "pie-bench"}
+    if preprocessing is not None:
+        if preprocessing not in get_args(Preprocessing):
+            raise ValueError(f"preprocessing {preprocessing!r} is unknown; use {', '.join(get_args(Preprocessing))}")
+        chosen["preprocessing"] = preprocessing
+    for role, name in (networks or {}).items():
+        if role not in NETWORKS:
+            raise ValueError(f"network {role!r} is unknown; use {', '.join(NETWORKS)}")
+        chosen[f"{role}_name"] = name
+    return Backbones(**chosen)
 
 
 def _load(load: Callable[[str], Any], name: str, device: str | None = None) -> Any:

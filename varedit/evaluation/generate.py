@@ -16,13 +16,12 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,11 @@ from PIL import Image
 
 from varedit.evaluation.cases import Benchmark, Case, picture_digest, read_picture
 from varedit.evaluation.editors import EditFailed, Editor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +57,16 @@ def generate(
     *,
     seed: int = 0,
     workers: int = 1,
+    batch_size: int = 1,
     shard: tuple[int, int] = (0, 1),
     on_case: Callable[[int], None] | None = None,
 ) -> Generated:
     """Edit every case that has no result yet.
 
     Args:
-        seed: the run's; each case gets its own from it and its key, so order and shards do not matter.
+        seed: the run's; each case gets its own from it and its key, so order, batches and shards do not matter.
         workers: threads, for editors that allow it (endpoints, commands).
+        batch_size: cases in one call, for editors that gain by it (our own pipeline).
         shard: (i, n): only chains i, i + n, ...; other processes do the rest.
         on_case: called with the number of cases gone through.
 
@@ -68,41 +74,102 @@ def generate(
         ValueError: the folder holds a run of something else.
     """
     (output / IMAGES).mkdir(parents=True, exist_ok=True)
-    _check_run(output, {
-        "benchmark": benchmark.name, "settings": benchmark.settings, "editor": editor.settings, "seed": seed,
-    })  # fmt: skip
-    finished = read_manifest(output)
+    run = {"benchmark": benchmark.name, "settings": benchmark.settings, "editor": editor.settings, "seed": seed}
+    _check_run(output, run)
     _end_line(output / MANIFEST)
+    work = _Work(editor, output, seed, _digest(run), read_manifest(output), on_case)
     chains = list(_chains(benchmark.cases))[shard[0] :: shard[1]]
-    lock, failed = threading.Lock(), dict[str, str]()
-    counts = {"done": 0, "skipped": 0}
-
-    def work(chain: list[Case]) -> None:
-        again = False  # a turn that follows a new result has to be done again too
-        for case in chain:
-            row = finished.get(case.key)
-            again = again or row is None or row["status"] != "ok" or not _holds(output, case, row)
-            if again or row is None:
-                row = _one(case, editor, output, case_seed(seed, case.key))
-                with lock:
-                    _append(output / MANIFEST, row)
-                    counts["done"] += row["status"] == "ok"
-            else:
-                counts["skipped"] += 1
-            with lock:
-                if row["status"] != "ok":
-                    failed[case.key] = row["error"]
-                if on_case is not None:
-                    on_case(counts["done"] + counts["skipped"] + len(failed))
-
+    size = batch_size if editor.batched else 1
+    groups = [chains[first : first + size] for first in range(0, len(chains), size)]
     if workers > 1 and editor.concurrent:
         with ThreadPoolExecutor(workers) as pool:
-            for future in as_completed([pool.submit(work, chain) for chain in chains]):
+            for future in as_completed([pool.submit(work.group, group) for group in groups]):
                 future.result()
     else:
-        for chain in chains:
-            work(chain)
-    return Generated(**counts, failed=failed)
+        for group in groups:
+            work.group(group)
+    return Generated(work.done, work.skipped, work.failed)
+
+
+@dataclass
+class _Work:
+    """One call of `generate`. Several threads may work on it."""
+
+    editor: Editor
+    output: Path
+    seed: int
+    run: str
+    finished: dict[str, dict[str, Any]]
+    on_case: Callable[[int], None] | None
+    done: int = 0
+    skipped: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def group(self, chains: list[list[Case]]) -> None:
+        """Edit some chains turn by turn, a turn of all of them in one call."""
+        again: set[str] = set()  # first keys of chains in which a turn is new: those that follow it have to be new too
+        for turn in range(max(map(len, chains))):
+            todo: list[Case] = []
+            for chain in chains:
+                if turn >= len(chain):
+                    continue
+                case, first = chain[turn], chain[0].key
+                row = self.finished.get(case.key)
+                if first in again or row is None or row["status"] != "ok" or not _holds(self.output, case, row):
+                    again.add(first)
+                    todo.append(case)
+                else:
+                    self._count(case, row, new=False)
+            for case, row in zip(todo, self._edit(todo)):
+                self._count(case, row, new=True)
+
+    def _count(self, case: Case, row: dict[str, Any], new: bool) -> None:
+        with self.lock:
+            if new:
+                _append(self.output / MANIFEST, row)
+            if row["status"] != "ok":
+                self.failed[case.key] = row["error"]
+            elif new:
+                self.done += 1
+            else:
+                self.skipped += 1
+            if self.on_case is not None:
+                self.on_case(self.done + self.skipped + len(self.failed))
+
+    def _edit(self, cases: list[Case]) -> list[dict[str, Any]]:
+        """Edit cases in one call, and write their results; their manifest lines."""
+        rows: list[dict[str, Any]] = []
+        ready: list[tuple[Case, Image.Image, dict[str, Any]]] = []
+        for case in cases:
+            row = {"key": case.key, "status": "failed", "seed": case_seed(self.seed, case.key), "run": self.run}
+            rows.append(row)
+            try:
+                row["case"] = case_digest(case)
+                ready.append((case, Image.fromarray(_source(case, self.output)), row))
+            except (EditFailed, ValueError) as error:
+                row |= {"error": str(error), "seconds": 0.0}
+        if ready:
+            self._edit_ready(ready)
+        return rows
+
+    def _edit_ready(self, ready: list[tuple[Case, Image.Image, dict[str, Any]]]) -> None:
+        started = time.monotonic()
+        cases, sources, lines = zip(*ready)
+        try:
+            results = self.editor.edit_all(cases, sources, [row["seed"] for row in lines])
+        except (EditFailed, ValueError) as error:
+            if len(ready) > 1:  # one of them is at fault: see which
+                for one in ready:
+                    self._edit_ready([one])
+            else:
+                lines[0].update(error=str(error), seconds=round(time.monotonic() - started, 4))
+            return
+        seconds = round((time.monotonic() - started) / len(ready), 4)
+        memory = peak_memory_mib(self.editor.place)
+        for case, result, row in zip(cases, results, lines, strict=True):
+            path = result_path(self.output, case.key)
+            row |= {"seconds": seconds, "peak_memory_mib": memory} | _write(result, path)
 
 
 def case_seed(seed: int, key: str) -> int:
@@ -113,8 +180,11 @@ def case_seed(seed: int, key: str) -> int:
 def case_digest(case: Case) -> str:
     """Hash of what a case asks, its source's pixels included."""
     asked = [case.key, case.instruction, case.edit_type, case.source_caption, case.target_caption, case.previous]
-    text = json.dumps([*asked, picture_digest(read_picture(case.source))], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest([*asked, picture_digest(read_picture(case.source))])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def read_manifest(output: Path) -> dict[str, dict[str, Any]]:
@@ -182,24 +252,13 @@ def _holds(output: Path, case: Case, row: dict[str, Any]) -> bool:
     )
 
 
-def _one(case: Case, editor: Editor, output: Path, seed: int) -> dict[str, Any]:
-    """Edit one case and write its result; the manifest line."""
-    row: dict[str, Any] = {"key": case.key, "status": "failed", "seed": seed}
-    started = time.monotonic()
-    try:
-        row["case"] = case_digest(case)
-        source = Image.fromarray(_source(case, output))
-        started = time.monotonic()
-        result = editor.edit(case, source, seed)
-    except (EditFailed, ValueError) as error:
-        return row | {"error": str(error), "seconds": round(time.monotonic() - started, 4)}
-    row |= {"seconds": round(time.monotonic() - started, 4), "peak_memory_mib": peak_memory_mib()}
-    path = result_path(output, case.key)
+def _write(result: Image.Image, path: Path) -> dict[str, Any]:
+    """Write a result whole or not at all; what the manifest says of it."""
     temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     result.convert("RGB").save(temporary, "PNG", compress_level=3)
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     os.replace(temporary, path)
-    return row | {"status": "ok", "width": result.width, "height": result.height, "sha256": digest}
+    return {"status": "ok", "width": result.width, "height": result.height, "sha256": digest}
 
 
 def _source(case: Case, output: Path) -> np.ndarray:
@@ -229,9 +288,20 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def peak_memory_mib() -> int:
-    """The most memory this process held so far: of the GPU where one is used, else of the machine."""
+def peak_memory_mib(place: str = "process") -> int | None:
+    """The most memory held so far, in MiB.
+
+    Args:
+        place: "process": this one, of its GPU where one is used; "children": the largest program it has run.
+
+    Returns:
+        None where that cannot be known: elsewhere (endpoints), and on Windows.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+    if place == "process" and torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return int(torch.cuda.max_memory_allocated() / 2**20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if resource is None or place == "elsewhere":
+        return None
+    who = resource.RUSAGE_CHILDREN if place == "children" else resource.RUSAGE_SELF
+    largest = resource.getrusage(who).ru_maxrss
+    return largest // (2**20 if sys.platform == "darwin" else 1024)  # bytes there, kilobytes elsewhere

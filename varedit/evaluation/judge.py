@@ -6,9 +6,9 @@ with published ones; the protocol's hash covers every word of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import sqrt
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from varedit.data.judge_client import JudgeClient, json_answer
+from varedit.data.judge_client import JudgeAccessError, JudgeSilentError
 from varedit.evaluation.cases import Benchmark, Case, read_picture
-from varedit.evaluation.chat import Chat
+from varedit.evaluation.chat import Chat, Question
 from varedit.evaluation.checker import harmonic_mean
 from varedit.evaluation.generate import result_path
 from varedit.evaluation.metrics import fit_result
@@ -117,69 +117,80 @@ def fill(template: str, instruction: str, **words: str) -> str:
     return template.replace("INSTRUCTION", instruction)
 
 
-def parse_scores(text: str, number: int, low: float, high: float) -> list[float]:
-    """The numbers of a judge's answer.
-
-    Raises:
-        ValueError: no JSON object with "score", a wrong number of values, or one out of range: nothing is guessed.
-    """
-    answer = json_answer(text)
-    if answer is None or "score" not in answer:
-        raise ValueError(f"no JSON object with a score in {text[:60]!r}")
-    values = answer["score"]
-    if not isinstance(values, list) or len(values) != number:
-        raise ValueError(f"score {values!r} is no list of {number}")
-    if not all(type(value) in (int, float) and low <= value <= high for value in values):
-        raise ValueError(f"score {values!r} leaves {low:g} to {high:g}")
-    return [float(value) for value in values]
-
-
 @dataclass(frozen=True)
 class Rules:
     """How a case is judged.
 
     Attributes:
-        judge: asks (by a function: prompt, pictures, parse) and gives named scores; the first name is the main one.
+        questions: what is asked of a case, its source and its result.
+        scores: named scores from the answers in the same order; the first name is the main one.
         texts: all prompts, for the protocol.
     """
 
-    judge: Callable[[Callable, Case, np.ndarray, np.ndarray], dict[str, float]]
+    questions: Callable[[Case, np.ndarray, np.ndarray], list[Question]]
+    scores: Callable[[list[list[float]]], dict[str, float]]
     texts: tuple[Any, ...]
 
 
-def _paper(ask: Callable, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
+def _paper_questions(case: Case, source: np.ndarray, result: np.ndarray) -> list[Question]:
+    return [Question(fill(EDIT, case.instruction, ABSENT=ABSENT), (source, result), 2, 0, 10)]
+
+
+def _paper_scores(answers: list[list[float]]) -> dict[str, float]:
     """GPT-Success, GPT-Overedit, and their harmonic mean of this one case, 0 if either is 0 (paper section A.2.2)."""
-    prompt = fill(EDIT, case.instruction, ABSENT=ABSENT)
-    success, overedit = ask(prompt, [source, result], lambda text: parse_scores(text, 2, 0, 10))
+    ((success, overedit),) = answers
     return {"balance": harmonic_mean(success, overedit), "success": success, "overedit": overedit}
 
 
-def _viescore(ask: Callable, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
+def _viescore_questions(case: Case, source: np.ndarray, result: np.ndarray) -> list[Question]:
+    edit = Question(fill(EDIT, case.instruction, ABSENT=""), (source, result), 2, 0, 10)
+    return [edit, Question(QUALITY, (result,), 2, 0, 10)]
+
+
+def _viescore_scores(answers: list[list[float]]) -> dict[str, float]:
     """SC and PQ are the smaller of their two numbers, O is the root of their product (VIEScore, GEdit-Bench)."""
-    prompt = fill(EDIT, case.instruction, ABSENT="")
-    consistency = min(ask(prompt, [source, result], lambda text: parse_scores(text, 2, 0, 10)))
-    quality = min(ask(QUALITY, [result], lambda text: parse_scores(text, 2, 0, 10)))
+    consistency, quality = map(min, answers)
     return {"overall": sqrt(consistency * quality), "consistency": consistency, "quality": quality}
 
 
-def _imgedit(ask: Callable, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
-    """Mean of three numbers from 1 to 5, of which the last two are held down to the first (ImgEdit-Bench)."""
+def _imgedit_questions(case: Case, source: np.ndarray, result: np.ndarray) -> list[Question]:
     rubric = RUBRICS.get(case.edit_type)
     if rubric is None:
         raise ValueError(f"no rubric for edits of type {case.edit_type!r}; known are {', '.join(RUBRICS)}")
     cap = CAP if case.edit_type == "uge" else ""
     prompt = fill(IMGEDIT, case.instruction, ADHERENCE=rubric[0], QUALITY=rubric[1], PRESERVATION=rubric[2], CAP=cap)
-    adherence, *others = ask(prompt, [source, result], lambda text: parse_scores(text, 3, 1, 5))
+    return [Question(prompt, (source, result), 3, 1, 5)]
+
+
+def _imgedit_scores(answers: list[list[float]]) -> dict[str, float]:
+    """Mean of three numbers from 1 to 5, of which the last two are held down to the first (ImgEdit-Bench)."""
+    ((adherence, *others),) = answers
     quality, preservation = (min(value, adherence) for value in others)
     mean = (adherence + quality + preservation) / 3
     return {"mean": mean, "adherence": adherence, "quality": quality, "preservation": preservation}
 
 
 RULES = {
-    "paper": Rules(_paper, (EDIT, ABSENT)),
-    "viescore": Rules(_viescore, (EDIT, QUALITY)),
-    "imgedit": Rules(_imgedit, (IMGEDIT, CAP, RUBRICS)),
+    "paper": Rules(_paper_questions, _paper_scores, (EDIT, ABSENT)),
+    "viescore": Rules(_viescore_questions, _viescore_scores, (EDIT, QUALITY)),
+    "imgedit": Rules(_imgedit_questions, _imgedit_scores, (IMGEDIT, CAP, RUBRICS)),
 }
+
+ABOUT = {
+    "balance": "success and overedit together, case by case, 0 to 10",
+    "success": "what was asked is there, 0 to 10",
+    "overedit": "nothing else changed, 0 to 10",
+    "overall": "consistency and quality together, 0 to 10",
+    "consistency": "done and nothing else changed, 0 to 10",
+    "mean": "of the three, 1 to 5",
+    "adherence": "what was asked is there, 1 to 5",
+    "quality": "looks real and clean",
+    "preservation": "the rest is as it was, 1 to 5",
+}
+"""Scores in a few words; of each set of rules, the main one first."""
+
+MAX_SILENT = 8
+"""Cases in a row without any answer after which the endpoint counts as down: the others are not asked any more."""
 
 
 class Judge:
@@ -193,22 +204,27 @@ class Judge:
         if rules not in RULES:
             raise ValueError(f"judge rules {rules!r} are unknown; use {', '.join(RULES)}")
         if repeats < 1:
-            raise ValueError(f"repeats is {repeats}: use at least 1")
+            raise ValueError(f"judge repeats is {repeats}: use at least 1")
         self.chat, self.rules, self.repeats = chat, RULES[rules], repeats
         self.settings = {
-            "rules": rules, "prompts": self.rules.texts, "model": chat.client.model, "repeats": repeats,
+            "rules": rules, "prompts": self.rules.texts, "model": chat.client.model,
+            "temperature": chat.client.temperature, "repeats": repeats,
         }  # fmt: skip
         self._seen: dict[str, list[dict[str, float]] | str] = {}
+        self._silent = 0
 
     def __call__(self, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
         """Named scores of one case.
 
         Raises:
-            ValueError: the judge gave no answer.
+            JudgeAccessError: the endpoint refuses the key, the address or the model: all cases would fail.
+            ValueError: the judge gave no answer to this case.
         """
         if case.key not in self._seen:
             try:
-                self._seen[case.key] = [self._once(case, source, result, repeat) for repeat in range(self.repeats)]
+                self._seen[case.key] = self._judge(case, source, result)
+            except JudgeAccessError:
+                raise
             except ValueError as error:
                 self._seen[case.key] = f"not judged: {error}"
         found = self._seen[case.key]
@@ -216,25 +232,64 @@ class Judge:
             raise ValueError(found)
         return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
-    def _once(self, case: Case, source: np.ndarray, result: np.ndarray, repeat: int) -> dict[str, float]:
-        def ask(prompt: str, pictures: list[np.ndarray], parse: Callable[[str], list[float]]) -> list[float]:
-            return self.chat.ask(prompt, pictures, parse, repeat)
+    def _judge(self, case: Case, source: np.ndarray, result: np.ndarray) -> list[dict[str, float]]:
+        if self._silent >= MAX_SILENT:
+            raise ValueError(f"the judge did not answer {MAX_SILENT} cases in a row; run again when it does")
+        judgements = []
+        try:
+            for asked in self._questions(case, source, result):
+                judgements.append(self.rules.scores([self.chat.ask(question) for question in asked]))
+        except JudgeSilentError:
+            self._silent += 1
+            raise
+        self._silent = 0
+        return judgements
 
-        return self.rules.judge(ask, case, source, result)
+    def _questions(self, case: Case, source: np.ndarray, result: np.ndarray) -> list[list[Question]]:
+        """What is asked of a case, for each of its judgements."""
+        once = self.rules.questions(case, source, result)
+        return [[replace(question, repeat=repeat) for question in once] for repeat in range(self.repeats)]
+
+    def estimate(self, benchmark: Benchmark, output: Path) -> str:
+        """What judging the results in a folder will cost, in words.
+
+        Raises:
+            ValueError: more than the limit of the budget.
+        """
+
+        def questions() -> Iterator[Question]:
+            for case in benchmark.cases:
+                try:
+                    judgements = self._questions(case, *_pictures(benchmark, case, output)) if case.scored else []
+                except ValueError:
+                    continue  # no result, or no rule for it: scoring names it
+                for asked in judgements:
+                    yield from asked
+
+        return self.chat.estimate(questions())
 
     def prepare(self, benchmark: Benchmark, output: Path, workers: int = 1) -> None:
-        """Judge all cases that have a result, `workers` at once; scoring then finds every judgement made."""
+        """Judge all cases that have a result, `workers` at once; scoring then finds every judgement made.
+
+        Raises:
+            JudgeAccessError: the endpoint refuses the key, the address or the model.
+        """
 
         def work(case: Case) -> None:
             try:
-                before = read_picture(result_path(output, case.previous) if case.previous else case.source)
-                after = read_picture(result_path(output, case.key))
-                self(case, before, fit_result(after, before.shape[:2], benchmark.fit))
+                self(case, *_pictures(benchmark, case, output))
+            except JudgeAccessError:
+                raise
             except ValueError:
                 return  # no result, or no answer: scoring names it
 
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            list(pool.map(work, [case for case in benchmark.cases if case.scored]))
+            try:
+                for future in [pool.submit(work, case) for case in benchmark.cases if case.scored]:
+                    future.result()
+            except BaseException:  # interrupted, or refused: ask nothing more
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def agreement(self) -> dict[str, Any] | None:
         """How far repeated judgements agree, by score; None without repeats.
@@ -257,9 +312,13 @@ class Judge:
         return found
 
 
-def make_judge(
-    benchmark: str, url: str, model: str, cache: Path, *, rules: str | None = None, repeats: int = 1
-) -> Judge:
-    """A judge by the rules of a benchmark: viescore for gedit, imgedit for imgedit, the paper's for all others."""
-    rules = rules or {"gedit": "viescore", "imgedit": "imgedit"}.get(benchmark, "paper")
-    return Judge(Chat(JudgeClient(url, model), cache), rules, repeats)
+def _pictures(benchmark: Benchmark, case: Case, output: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What a judge is shown: what the editor was given, and the result at its size."""
+    before = read_picture(result_path(output, case.previous) if case.previous else case.source)
+    after = read_picture(result_path(output, case.key))
+    return before, fit_result(after, before.shape[:2], benchmark.fit)
+
+
+def default_rules(benchmark: str) -> str:
+    """The rules of a benchmark: viescore for gedit, imgedit for imgedit, the paper's for all others."""
+    return {"gedit": "viescore", "imgedit": "imgedit"}.get(benchmark, "paper")

@@ -13,84 +13,103 @@ from typing import Any
 from PIL import Image
 
 from varedit.evaluation.generate import result_path
-from varedit.evaluation.report import Paired, Run, interval, protocol_differences, score_names
-from varedit.evaluation.scores import THUMBNAILS
+from varedit.evaluation.judge import ABOUT
+from varedit.evaluation.page_style import SCRIPT, STYLE
+from varedit.evaluation.plots import NUM_COLOURS, dots, number, spread, strip
+from varedit.evaluation.report import Paired, Run, protocol_differences, score_names, sections
+from varedit.evaluation.scores import JUDGED, METRICS, THUMBNAILS
 
-COLOURS = ("#2f6f9f", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#3d8b8b")
-SIDE = 192
+SIDE = 224
 """Longest side of a picture on the page, in pixels."""
-
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;padding:24px;color:#222;background:#fff}
-h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 8px}p{margin:6px 0}
-.quiet{color:#666}.warn{background:#fdecc8;border-left:4px solid #b08900;padding:8px 12px}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:4px 10px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}tr.all td{font-weight:600;border-top:2px solid #888}
-small{color:#777;font-weight:400}.plots{display:flex;flex-wrap:wrap;gap:16px}
-.case{display:flex;flex-wrap:wrap;gap:10px;padding:12px 0;border-bottom:1px solid #ddd;align-items:flex-start}
-.case p{flex-basis:100%}figure{margin:0;width:192px}img{width:100%;display:block;background:#eee}
-figcaption{font-size:12px;color:#555;overflow-wrap:anywhere}.key{display:inline-block;width:10px;height:10px}
-.controls{position:sticky;top:0;background:#fff;padding:8px 0;display:flex;gap:14px;flex-wrap:wrap}
-@media(prefers-color-scheme:dark){body,.controls{background:#16181b;color:#ddd}.quiet,small,figcaption{color:#999}
-.warn{background:#4a3b10}th,td,.case{border-color:#3a3d41}svg text{fill:#bbb}}
-"""
-
-SCRIPT = """
-const list=document.getElementById('cases'),by=id=>document.getElementById(id);
-function show(){const [run,name]=by('by').value.split('|'),kind=by('kind').value,up=by('order').value==='up';
-const cases=[...list.children];
-const value=c=>{if(!name)return Number(c.dataset.place);const v=(DATA[c.dataset.key][run]||{})[name];
-return v===undefined||v===null?(up?Infinity:-Infinity):v};
-cases.sort((a,b)=>(up?1:-1)*(value(a)-value(b))||a.dataset.place-b.dataset.place);
-let n=0;for(const c of cases){const on=!kind||c.dataset.kind===kind;c.style.display=on?'':'none';n+=on;list.append(c)}
-by('count').textContent=n+' cases'}
-for(const id of ['by','kind','order'])by(id).addEventListener('change',show);show();
-"""
 
 
 def page(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run, list[Paired]]], max_strips: int) -> str:
     """The whole page."""
     benchmark = escape(runs[0].scores["protocol"]["benchmark"])
-    parts = [f"<h1>{benchmark}: {escape(', '.join(run.label for run in runs))}</h1>", _head(runs)]
-    parts.append("<h2>Overall</h2>" + _overall(runs))
-    parts += [f"<h2>{escape(two.label)} against {escape(one.label)}, case by case</h2>" + _paired(found)
-              for one, two, found in pairs]  # fmt: skip
-    parts.append("<h2>By type</h2>" + _plots(runs))
-    parts += [f"<h3>{_key(index)} {escape(run.label)}</h3>" + _types(run) for index, run in enumerate(runs)]
-    parts += [_failures(run) for run in runs]
-    parts.append(_strips(runs, max_strips))
-    body = "\n".join(part for part in parts if part)
+    parts = [
+        f"<header><h1>{benchmark} benchmark</h1>{_subtitle(runs)}</header>",
+        _warnings(runs),
+        _legend(runs),
+        f"<section><h2>Overall</h2>{_overall(runs)}</section>",
+        _comparisons(pairs),
+        f"<section><h2>By type</h2>{_plots(runs)}{_tables(runs)}</section>",
+        _strips(runs, max_strips),
+    ]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{benchmark}: evaluation</title><style>{STYLE}</style><body>\n{body}\n</body></html>\n"
+        f"<title>{benchmark}: {escape(', '.join(run.label for run in runs))}</title><style>{STYLE}</style>\n"
+        f"<body>\n{chr(10).join(part for part in parts if part)}\n</body></html>\n"
     )
 
 
-def _head(runs: Sequence[Run]) -> str:
+# ---- who and what
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    """What was measured: the settings of the first run's protocol, in words."""
+    first = runs[0].scores
+    protocol = first["protocol"]
+    texts = [f"{first['cases']['total']} cases", *_words(protocol["settings"]), *_words(first["notes"])]
+    judge = protocol["judge"]
+    if judge is not None:
+        texts.append(f"judged by {judge['model']} ({judge['rules']} rules)")
+    texts.append(f"protocol {first['protocol_sha256'][:12]}")
+    return f'<p class="quiet">{" · ".join(map(escape, texts))}</p>'
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    """Settings as words: "size 128"; "with photos" for what is switched on."""
+    shown = []
+    for name, value in values.items():
+        words = name.replace("_", " ")
+        if value is True:
+            shown.append(f"with {words}")
+        elif value is not False and not isinstance(value, dict):
+            shown.append(f"{words} {value}")
+    return shown
+
+
+def _warnings(runs: Sequence[Run]) -> str:
     lines = []
     for run in runs[1:]:
         differing = protocol_differences(runs[0], run)
         if differing:
             lines.append(
-                f'<p class="warn">{escape(run.label)} was scored by another protocol than {escape(runs[0].label)} '
-                f"(they differ in {escape(', '.join(differing))}). Their numbers do not compare.</p>"
+                f"<b>{escape(run.label)}</b> was scored by another protocol than {escape(runs[0].label)} "
+                f"(they differ in {escape(', '.join(differing))}). Their numbers do not compare."
             )
+    for run in runs:
+        failed = run.scores["cases"]["failed"]
+        if failed:
+            rows = "".join(f"<li>{escape(str(one['key']))}: {escape(one['reason'])}</li>" for one in failed[:200])
+            lines.append(
+                f"<b>{escape(run.label)}</b>: {len(failed)} of {run.scores['cases']['total']} cases have no score and "
+                f"are left out of every mean.<details><summary>which and why</summary><ul>{rows}</ul></details>"
+            )
+    return "".join(f'<div class="warn">{line}</div>' for line in lines)
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    cards = []
     for index, run in enumerate(runs):
         cases, editor = run.scores["cases"], run.scores["run"]["editor"]
-        text = f"{cases['scored']} of {cases['total']} cases scored, {cases['resized']} results resized"
-        text += "".join(f", {escape(name)}: {escape(str(value))}" for name, value in run.scores["notes"].items())
-        lines.append(
-            f"<p>{_key(index)} <b>{escape(run.label)}</b>: {escape(json.dumps(editor, ensure_ascii=False))}<br>"
-            f'<span class="quiet">{text}; protocol {run.scores["protocol_sha256"][:12]}</span></p>'
+        settings = " · ".join(_words({name: value for name, value in editor.items() if name != "editor"}))
+        count = f"{cases['scored']} of {cases['total']} cases scored"
+        count += f", {cases['resized']} results resized" if cases["resized"] else ""
+        details = f"<details><summary>settings</summary>{escape(settings)}</details>" if settings else ""
+        cards.append(
+            f"<div class=card>{_key(index)}<b>{escape(run.label)}</b> "
+            f'<span class=quiet>{escape(editor["editor"])}</span><div class="quiet small">{count}{details}</div></div>'
         )
-    lines.append('<p class="quiet">Intervals: 95 %, bootstrap over cases. ↑ higher is better, ↓ lower.</p>')
-    return "\n".join(lines)
+    return f'<div class="cards">{"".join(cards)}</div>'
 
 
 def _key(index: int) -> str:
-    return f'<span class="key" style="background:{COLOURS[index % len(COLOURS)]}"></span>'
+    return f'<span class="key" style="background:var(--run{index % NUM_COLOURS})"></span>'
+
+
+# ---- numbers
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -99,115 +118,113 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _title(runs: Sequence[Run], name: str) -> str:
     better = next(run.scores["better"][name] for run in runs if name in run.scores["better"])
-    return f"{escape(name)} {'↑' if better == 'higher' else '↓'}"
+    arrow = "↑" if better == "higher" else "↓"
+    return f'{escape(name.replace("_", " "))}&nbsp;<span class="quiet" title="{better} is better">{arrow}</span>'
 
 
 def _cell(mean: dict[str, Any] | None) -> str:
     if mean is None:
-        return "<td>-</td>"
-    value, _, rest = interval(mean).partition(" ")
-    return f"<td>{value} <small>{rest}</small></td>"
+        return '<td class="quiet">–</td>'
+    return f"<td>{number(mean['mean'])}<small>{spread(mean)}</small></td>"
 
 
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+def _table(head: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
     cells = "".join(f"<th>{text}</th>" for text in head)
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    body = "".join(rows)
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _overall(runs: Sequence[Run]) -> str:
-    names = _names(runs)
+    labels = [run.label for run in runs]
     rows = []
-    for run in runs:
-        cells = "".join(_cell(run.scores["overall"].get(name)) for name in names)
-        rows.append(f"<tr><td>{escape(run.label)}</td>{cells}</tr>")
-    agreement = [
-        f"<p>{escape(run.label)}: repeated judgements of a case lie within one point in "
-        f"{value['within_one']:.0%} of {value['pairs']} pairs for {escape(name)} (mean distance "
-        f"{value['mean_distance']:.2f}).</p>"
-        for run in runs
-        for name, value in (run.scores.get("agreement") or {}).items()
-    ]
-    return _table(["run", *(_title(runs, name) for name in names)], rows) + "".join(agreement)
+    for name in _names(runs):
+        means = [run.scores["overall"].get(name) for run in runs]
+        about = escape(METRICS[name].about if name in METRICS else ABOUT.get(name.removeprefix(JUDGED), ""))
+        cells = "".join(map(_cell, means))
+        rows.append(
+            f'<tr><td>{_title(runs, name)}<small class="about">{about}</small></td>{cells}'
+            f'<td class="plot">{strip(means, labels)}</td></tr>'
+        )
+    head = ["", *(f"{_key(index)}{escape(label)}" for index, label in enumerate(labels)), ""]
+    note = "Small numbers: 95 % interval, bootstrap over cases. ↑ higher is better, ↓ lower."
+    return _table(head, rows, "overall") + f'<p class="quiet small">{note}</p>' + _agreement(runs)
 
 
-def _types(run: Run) -> str:
-    names = score_names(run.scores)
-    rows = []
-    for label, means in [*run.scores["types"].items(), ("all", run.scores["overall"])]:
-        count = max((mean["n"] for mean in means.values()), default=0)
-        cells = "".join(_cell(means.get(name)) for name in names)
-        kind = ' class="all"' if means is run.scores["overall"] else ""
-        rows.append(f"<tr{kind}><td>{escape(label or '(none)')}</td><td>{count}</td>{cells}</tr>")
-    return _table(["type", "n", *(_title([run], name) for name in names)], rows)
-
-
-def _paired(found: Sequence[Paired]) -> str:
+def _agreement(runs: Sequence[Run]) -> str:
+    """How far repeated judgements of a case agree."""
     rows = [
-        f"<tr><td>{escape(pair.metric)}</td><td>{pair.difference:+.3f} "
-        f"<small>({pair.low:+.3f} to {pair.high:+.3f})</small></td><td>{pair.p:.4f}</td>"
-        f"<td>{pair.wins}</td><td>{pair.losses}</td><td>{pair.n}</td></tr>"
-        for pair in found
+        f"<tr><td>{_key(index)}{escape(run.label)}</td><td>{escape(name)}</td><td>{value['within_one']:.0%}</td>"
+        f"<td>{value['mean_distance']:.2f}</td><td class=quiet>{value['pairs']}</td></tr>"
+        for index, run in enumerate(runs)
+        for name, value in (run.scores["agreement"] or {}).items()
     ]
-    return _table(["score", "difference", "p (sign flips)", "better", "worse", "cases"], rows)
+    if not rows:
+        return ""
+    head = ["judged again", "score", "within one point", "mean distance", "pairs"]
+    return f"<details><summary>How far repeated judgements agree</summary>{_table(head, rows)}</details>"
+
+
+def _comparisons(pairs: Sequence[tuple[Run, Run, list[Paired]]]) -> str:
+    if not pairs:
+        return ""
+    blocks = []
+    for number_of, (one, two, found) in enumerate(pairs, 1):
+        rows = [
+            f"<tr><td>{_title([one, two], pair.metric)}</td>"
+            f"<td>{_signed(pair.difference)}<small>{_signed(pair.low)} to {_signed(pair.high)}</small></td>"
+            f"<td>{'&lt; 0.001' if pair.p < 0.001 else f'{pair.p:.3f}'}</td>"
+            f'<td>{pair.wins}</td><td>{pair.losses}</td><td class="quiet">{pair.n}</td></tr>'
+            for pair in found
+        ]
+        title = f"{_key(number_of)}{escape(two.label)} <span class=quiet>against</span> {_key(0)}{escape(one.label)}"
+        blocks.append(f"<div><h3>{title}</h3>{_table(['', 'difference', 'p', 'better', 'worse', 'cases'], rows)}</div>")
+    note = (
+        "The same cases in both runs. p: two-sided, by flipping the signs of the differences at random. "
+        "Better and worse: in how many cases."
+    )
+    return (
+        f'<section><h2>Case by case</h2><div class="pairs">{"".join(blocks)}</div>'
+        f'<p class="quiet small">{note}</p></section>'
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value >= 0 else '−'}{number(abs(value))}"
 
 
 def _plots(runs: Sequence[Run]) -> str:
-    """One bar chart a score: types across, a bar for each run, whiskers for the interval."""
-    return f'<div class="plots">{"".join(_plot(runs, name) for name in _names(runs))}</div>'
+    """One plot a score: types and further groups down, a dot for each run."""
+    figures = []
+    for name in _names(runs):
+        parts: list[dict[str, list[Any]]] = []
+        for part in ("types", "groups"):
+            rows = {
+                label or "(none)": [run.scores[part].get(label, {}).get(name) for run in runs]
+                for label in sorted({label for run in runs for label in run.scores[part]})
+            }
+            parts.append({label: means for label, means in rows.items() if any(means)})
+        plot = dots(parts, [run.label for run in runs])
+        figures.append(f"<figure><figcaption>{_title(runs, name)}</figcaption>{plot}</figure>")
+    return f'<div class="plots">{"".join(figures)}</div>'
 
 
-def _plot(runs: Sequence[Run], name: str) -> str:
-    types = sorted({kind for run in runs for kind, means in run.scores["types"].items() if name in means})
-    if not types:
-        return ""
-    means = [run.scores["types"].get(kind, {}).get(name) for kind in types for run in runs]
-    top = max([mean["high"] for mean in means if mean] + [1e-9])
-    bottom = min([mean["low"] for mean in means if mean] + [0.0])
-    height, bar, left = 120, 24 // (len(runs) + 1) + 2, 44
-    step = bar * len(runs) + 8
-    width = left + step * len(types) + 8
-
-    def y(value: float) -> float:
-        return 28 + height * (top - value) / (top - bottom)
-
-    shapes = [f'<text x="4" y="12" font-size="13">{_title(runs, name)}</text>']
-    for value in (top, bottom):
-        shapes.append(
-            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" font-size="10" text-anchor="end">{value:.3g}</text>'
-        )
-    shapes.append(f'<line x1="{left}" x2="{width}" y1="{y(0):.1f}" y2="{y(0):.1f}" stroke="#999"/>')
-    for place, kind in enumerate(types):
-        for index, run in enumerate(runs):
-            mean = run.scores["types"].get(kind, {}).get(name)
-            if mean is not None:
-                shapes.append(_bar(left + place * step + index * bar, bar, index, mean, y, f"{run.label}, {kind}"))
-        x = left + place * step + bar * len(runs) / 2
-        shapes.append(
-            f'<text font-size="10" text-anchor="end" transform="translate({x:.0f} {height + 40}) rotate(-40)">'
-            f"{escape(kind or '(none)')}</text>"
-        )
-    return f'<svg width="{width}" height="{height + 105}" role="img">{"".join(shapes)}</svg>'
+def _tables(runs: Sequence[Run]) -> str:
+    blocks = []
+    for index, run in enumerate(runs):
+        names = score_names(run.scores)
+        rows = []
+        for title, part in sections(run.scores):
+            for label, count, means in part:
+                cells = "".join(_cell(means.get(name)) for name in names)
+                kind = "all" if title == "type" and label == "all" else ""
+                rows.append(f'<tr class="{kind}"><td>{escape(label)}</td><td class="quiet">{count}</td>{cells}</tr>')
+        table = _table(["", "cases", *(_title([run], name) for name in names)], rows, "types")
+        summary = f"<summary>{_key(index)}{escape(run.label)} in numbers</summary>"
+        blocks.append(f"<details{' open' if len(runs) < 3 else ''}>{summary}{table}</details>")
+    return "".join(blocks)
 
 
-def _bar(x: float, width: float, index: int, mean: dict[str, Any], y: Any, label: str) -> str:
-    ends = sorted((y(mean["mean"]), y(0)))
-    middle = x + width / 2
-    return (
-        f'<g><title>{escape(label)}: {interval(mean)}, n {mean["n"]}</title><rect x="{x + 1:.1f}" y="{ends[0]:.1f}" '
-        f'width="{width - 2}" height="{max(0.5, ends[1] - ends[0]):.1f}" fill="{COLOURS[index % len(COLOURS)]}"/>'
-        f'<line x1="{middle}" x2="{middle}" y1="{y(mean["low"]):.1f}" y2="{y(mean["high"]):.1f}" stroke="#555"/></g>'
-    )
-
-
-def _failures(run: Run) -> str:
-    failed = run.scores["cases"]["failed"]
-    if not failed:
-        return ""
-    rows = "".join(f"<li>{escape(str(one['key']))}: {escape(one['reason'])}</li>" for one in failed[:200])
-    return (
-        f'<p class="warn">{escape(run.label)}: {len(failed)} cases without a score, left out of every mean.</p>'
-        f"<details><summary>which and why</summary><ul>{rows}</ul></details>"
-    )
+# ---- pictures
 
 
 def _strips(runs: Sequence[Run], max_strips: int) -> str:
@@ -215,23 +232,38 @@ def _strips(runs: Sequence[Run], max_strips: int) -> str:
     rows = [{row["key"]: row for row in run.scores["rows"]} for run in runs]
     keys = list(dict.fromkeys(key for found in rows for key in found))
     shown = keys[:max_strips]
-    data = {key: {str(i): found[key]["scores"] for i, found in enumerate(rows) if key in found} for key in shown}
-    sorts = [
-        f'<option value="{index}|{escape(name)}">{escape(run.label)}: {escape(name)}</option>'
+    first = [next(found[key] for found in rows if key in found) for key in shown]
+    data = [[found[key]["scores"] if key in found else None for found in rows] for key in shown]
+    names = _names(runs)
+    sorts = "".join(
+        f'<optgroup label="{escape(run.label)}">'
+        + "".join(
+            f'<option value="{index}|{escape(name)}">{escape(name.replace("_", " "))}, {escape(run.label)}</option>'
+            for name in names
+        )
+        + "</optgroup>"
         for index, run in enumerate(runs)
-        for name in score_names(run.scores)
-    ]
-    kinds = sorted({found[key]["type"] for found in rows for key in shown if key in found})
-    options = "".join(f'<option value="{escape(kind)}">{escape(kind or "(none)")}</option>' for kind in kinds)
-    cases = "".join(_case(runs, rows, key, place) for place, key in enumerate(shown))
-    note = f' <span class="quiet">(the first {len(shown)} of {len(keys)})</span>' if len(shown) < len(keys) else ""
-    return (
-        f'<h2>Cases{note}</h2><div class="controls"><label>sort by <select id="by"><option value="">order</option>'
-        f'{"".join(sorts)}</select></label><label><select id="order"><option value="up">lowest first</option>'
-        f'<option value="down">highest first</option></select></label><label>type <select id="kind">'
-        f'<option value="">all</option>{options}</select></label><span id="count" class="quiet"></span></div>'
-        f'<div id="cases">{cases}</div><script>const DATA={_json(data)};{SCRIPT}</script>'
     )
+    kinds = "".join(_option(kind) for kind in sorted({row["type"] for row in first}))
+    groups = "".join(_option(group) for group in sorted({group for row in first for group in row["groups"]}))
+    cases = "".join(_case(runs, rows, row, place) for place, row in enumerate(first))
+    note = f"the first {len(shown)} of {len(keys)}" if len(shown) < len(keys) else ""
+    group_filter = f'<label>group <select id="group"><option value="">all</option>{groups}</select></label>'
+    return (
+        f'<section><h2>Cases <span class="quiet small">{note}</span></h2><div class="controls">'
+        f'<label>sort by <select id="by"><option value="">order of the benchmark</option>{sorts}</select></label>'
+        '<label><select id="order" aria-label="order"><option value="up">lowest first</option>'
+        '<option value="down">highest first</option></select></label>'
+        f'<label>type <select id="kind"><option value="">all</option>{kinds}</select></label>'
+        f'{group_filter if groups else ""}<span id="count" class="quiet"></span>'
+        '<span class="quiet hint">Point at a result to see its source in its place.</span></div>'
+        f'<div id="cases">{cases}</div></section>'
+        f"<script>const DATA={_json(data)},NAMES={_json(names)};{SCRIPT}</script>"
+    )
+
+
+def _option(value: str) -> str:
+    return f'<option value="{escape(value)}">{escape(value or "(none)")}</option>'
 
 
 def _json(data: Any) -> str:
@@ -239,30 +271,28 @@ def _json(data: Any) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _case(runs: Sequence[Run], rows: Sequence[dict[str, Any]], key: str, place: int) -> str:
-    row = next(found[key] for found in rows if key in found)
+def _case(runs: Sequence[Run], rows: Sequence[dict[str, Any]], row: dict[str, Any], place: int) -> str:
+    key, instruction = row["key"], row["instruction"]
     folder = next(run.folder for run, found in zip(runs, rows) if key in found)
-    figures = [_figure(folder / THUMBNAILS / f"{key}.source.webp", "source")]
+    figures = [_figure(folder / THUMBNAILS / f"{key}.source.webp", "source", "source")]
     for index, (run, found) in enumerate(zip(runs, rows)):
+        label = f'{_key(index)}{escape(run.label)}<span class="value" data-run="{index}"></span>'
         if key in found:
-            scores = ", ".join(
-                f"{name} {found[key]['scores'][name]:.3g}"
-                for name in score_names(run.scores)
-                if found[key]["scores"].get(name) is not None
-            )
-            label = f"{_key(index)} {escape(run.label)}<br>{escape(scores)}"
-            figures.append(_figure(result_path(run.folder, key), label))
+            figures.append(_figure(result_path(run.folder, key), label, f"result of {run.label}", "result"))
         else:
-            figures.append(f"<figure><figcaption>{escape(run.label)}: no score</figcaption></figure>")
-    figures.append(_figure(folder / THUMBNAILS / f"{key}.target.webp", "known answer"))
-    text = f'<b>{escape(row["instruction"])}</b> <span class="quiet">{escape(row["type"])}, {escape(key)}</span>'
+            figures.append(f'<figure class="missing"><div>no score</div><figcaption>{label}</figcaption></figure>')
+    figures.append(_figure(folder / THUMBNAILS / f"{key}.target.webp", "known answer", "known answer"))
+    groups = escape(json.dumps(row["groups"]))
+    about = " · ".join(escape(text) for text in (row["type"], *row["groups"], key) if text)
     return (
-        f'<div class="case" data-key="{escape(key)}" data-kind="{escape(row["type"])}" data-place="{place}">'
-        f"<p>{text}</p>{''.join(figures)}</div>"
+        f'<article data-place="{place}" data-kind="{escape(row["type"])}" data-groups="{groups}">'
+        f'<h3>{escape(instruction)}</h3><p class="quiet small">{about}</p>'
+        f'<div class="strip">{"".join(figures)}</div>'
+        '<details class="all"><summary class="small">all scores</summary></details></article>'
     )
 
 
-def _figure(path: Path, label: str) -> str:
+def _figure(path: Path, label: str, alt: str, kind: str = "") -> str:
     if not path.is_file():
         return ""
     with Image.open(path) as opened:
@@ -271,5 +301,5 @@ def _figure(path: Path, label: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82)
     data = base64.b64encode(buffer.getvalue()).decode()
-    image_tag = f'<img loading="lazy" alt="" src="data:image/webp;base64,{data}">'
-    return f"<figure>{image_tag}<figcaption>{label}</figcaption></figure>"
+    tag = f'<img alt="{escape(alt)}" width="{image.width}" height="{image.height}" decoding="async"'
+    return f'<figure class="{kind}">{tag} src="data:image/webp;base64,{data}"><figcaption>{label}</figcaption></figure>'

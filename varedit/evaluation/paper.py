@@ -49,8 +49,17 @@ def own_row(scores: dict[str, Any]) -> tuple[float | None, ...]:
     return tuple([*values, *empty] if benchmark == "emu-edit" else [*empty, *values]) + (None,)
 
 
+def standing(values: tuple[float | None, ...]) -> tuple[int | None, ...]:
+    """The place that each value would have among the paper's methods, from 1; None where there is none."""
+    columns = list(zip(*(row for _, _, row in TABLE)))
+    return tuple(
+        None if value is None else 1 + sum(other is not None and other > value for other in column)
+        for value, column in zip(values, columns)
+    )
+
+
 def table(folders: list[Path]) -> Any:
-    """A rich table: the paper's rows, then one for each folder of results.
+    """A rich table: the paper's rows, then one for each folder of results, with the place it would have.
 
     Raises:
         ValueError: a folder without scores, or of another benchmark.
@@ -59,19 +68,25 @@ def table(folders: list[Path]) -> Any:
 
     from varedit.evaluation.report import load_runs
 
+    own = [(run.label, own_row(run.scores)) for run in load_runs(folders, allow_different=True)] if folders else []
+    places = f" Own runs: their place among the {len(TABLE)} methods and themselves." if own else ""
     shown = Table(
         title="VAREdit, Table 1 (arXiv 2508.15772v2)",
         caption="Only VAREdit-2B was trained on public pairs alone. Judge: GPT-4o, snapshot not stated. Own runs "
-        "compare only if their judge and CLIP are the paper's.",
+        f"compare only if their judge and CLIP are the paper's.{places}",
     )
     shown.add_column("method", no_wrap=True)
     shown.add_column("size")
     for name in COLUMNS:
         shown.add_column(name, justify="right")
     for method, size, values in TABLE:
-        shown.add_row(method, size, *map(_cell, values, COLUMNS))
-    for run in load_runs(folders, allow_different=True) if folders else []:
-        shown.add_row(run.label, "-", *map(_cell, own_row(run.scores), COLUMNS), style="bold")
+        shown.add_row(method, size, *map(_cell, values, COLUMNS), end_section=method == TABLE[-1][0])
+    for label, values in own:
+        cells = [_cell(value, name) for value, name in zip(values, COLUMNS)]
+        placed = [
+            cell if place is None else f"{cell}\n{_ordinal(place)}" for cell, place in zip(cells, standing(values))
+        ]
+        shown.add_row(label, "-", *placed, style="bold")
     return shown
 
 
@@ -79,3 +94,8 @@ def _cell(value: float | None, column: str) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}s" if column == "time" else f"{value:.3f}"
+
+
+def _ordinal(place: int) -> str:
+    ending = "th" if 10 < place % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return f"{place}{ending}"

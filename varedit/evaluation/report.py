@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from varedit.evaluation.scores import DIGITS, SCORES, digest, write_json
+from varedit.evaluation.judge import ABOUT
+from varedit.evaluation.scores import DIGITS, JUDGED, SCORES, digest, write_json, write_text
 
 NUM_FLIPS = 10_000
 
@@ -25,8 +26,8 @@ class Run:
 
 
 def score_names(scores: dict[str, Any]) -> list[str]:
-    """Names of a run's scores, in the order of its protocol; the judge's come last."""
-    order = scores["protocol"]["metrics"]
+    """Names of a run's scores, in the order of its protocol; the judge's come last, its main one first."""
+    order = [*scores["protocol"]["metrics"], *(JUDGED + name for name in ABOUT)]
     return sorted(scores["overall"], key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
@@ -41,7 +42,7 @@ def load_runs(folders: Sequence[Path], *, allow_different: bool = False) -> list
         path = folder / SCORES
         try:
             scores = json.loads(path.read_text(encoding="utf-8"))
-            found = digest(scores["protocol"]) == scores["protocol_sha256"]
+            found = digest(scores["protocol"]) == scores["protocol_sha256"] and isinstance(scores["groups"], dict)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no score file ({error}); run `varedit evaluate run` first") from error
         if not found:
@@ -132,9 +133,9 @@ def write_report(runs: Sequence[Run], html: Path, max_strips: int = 400) -> list
 
     pairs = comparisons(runs)
     html.parent.mkdir(parents=True, exist_ok=True)
-    html.write_text(page(runs, pairs, max_strips), encoding="utf-8")
+    write_text(html, page(runs, pairs, max_strips))
     markdown_path, json_path = html.with_suffix(".md"), html.with_suffix(".json")
-    markdown_path.write_text(markdown(runs, pairs), encoding="utf-8")
+    write_text(markdown_path, markdown(runs, pairs))
     write_json(
         json_path,
         {
@@ -159,11 +160,12 @@ def markdown(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run, list[Paired]]]
         lines.append(f"- {run.label}: {cases['scored']} of {cases['total']} cases scored, protocol `{protocol}`")
     for run in runs:
         names = score_names(run.scores)
-        lines += ["", f"## {run.label}", "", f"| type | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-        for label, means in [*run.scores["types"].items(), ("all", run.scores["overall"])]:
-            count = max((mean["n"] for mean in means.values()), default=0)
-            cells = [interval(means[name]) if name in means else "-" for name in names]
-            lines.append(f"| {label or '(none)'} | {count} | {' | '.join(cells)} |")
+        lines += ["", f"## {run.label}"]
+        for title, rows in sections(run.scores):
+            lines += ["", f"| {title} | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+            for label, count, means in rows:
+                cells = [interval(means[name]) if name in means else "-" for name in names]
+                lines.append(f"| {label} | {count} | {' | '.join(cells)} |")
     for one, two, found in pairs:
         lines += ["", f"## {two.label} against {one.label}, case by case", ""]
         lines += ["| score | difference | p | better | worse | n |", "|---|---|---|---|---|---|"]
@@ -173,23 +175,52 @@ def markdown(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run, list[Paired]]]
     return "\n".join(lines) + "\n"
 
 
+Section = tuple[str, list[tuple[str, int, dict[str, Any]]]]
+
+
+def sections(scores: dict[str, Any]) -> list[Section]:
+    """The tables of a run: by type, closed by all cases, and by further groups if there are any.
+
+    Returns:
+        Title and rows of each: (label, number of cases, means by score).
+    """
+    types = [*scores["types"].items(), ("all", scores["overall"])]
+    parts = [("type", types), ("cases", list(scores["groups"].items()))]
+    return [
+        (title, [(label or "(none)", max((mean["n"] for mean in means.values()), default=0), means)
+                 for label, means in rows])
+        for title, rows in parts if rows
+    ]  # fmt: skip
+
+
 def interval(mean: dict[str, Any]) -> str:
     """0.512 (0.470 to 0.553)."""
     return f"{mean['mean']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})"
 
 
 def summary_table(result: dict[str, Any]) -> Any:
-    """Means by type as a table for a terminal."""
+    """Means by type and group as a table for a terminal."""
+    from rich import box
     from rich.table import Table
 
     names = score_names(result)
-    table = Table(title=f"{result['protocol']['benchmark']}, protocol {result['protocol_sha256'][:12]}")
-    table.add_column("type")
+    table = Table(
+        title=f"{result['protocol']['benchmark']}, protocol {result['protocol_sha256'][:12]}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
     table.add_column("n", justify="right")
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-    for label, means in [*result["types"].items(), ("all", result["overall"])]:
-        cells = [f"{means[name]['mean']:.3f}" if name in means else "-" for name in names]
-        count = max((mean["n"] for mean in means.values()), default=0)
-        table.add_row(label or "(none)", str(count), *cells)
+        words = [f"{word[:6]}-\n{word[6:]}" if len(word) > 9 else word for word in name.split("_")]
+        table.add_column("\n".join(words), justify="right", no_wrap=True)
+    for _, rows in sections(result):
+        for label, count, means in rows:
+            cells = [_short(means[name]["mean"]) if name in means else "-" for name in names]
+            table.add_row(label, str(count), *cells, end_section=label == "all", style="bold" if label == "all" else "")
     return table
+
+
+def _short(value: float) -> str:
+    """Four digits: 0.512, 24.31."""
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"

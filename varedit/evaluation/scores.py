@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from varedit.evaluation import checker, metrics
-from varedit.evaluation.cases import Benchmark, Case, Fit, read_mask, read_picture
+from varedit.evaluation.cases import Benchmark, Case, Fit, mask_pixels, picture_digest, read_mask, read_picture
 from varedit.evaluation.features import Backbones, clip_direction, cosine, dino_embedding, structure_distance
 from varedit.evaluation.generate import RUN, case_digest, read_manifest, result_path
 from varedit.evaluation.judge import Judge
@@ -83,10 +83,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of one case: how it is computed (None where it does not apply), and which way is better."""
+    """A score of one case.
+
+    Attributes:
+        compute: the score; None where it does not apply.
+        better: which way. about: in a few words. uses: the network it needs.
+    """
 
     compute: Callable[[Sample, Backbones], float | None]
     better: Literal["higher", "lower"]
+    about: str
     uses: Literal["", "clip", "dino", "structure", "lpips"] = ""
 
 
@@ -119,37 +125,56 @@ def _lpips(sample: Sample, models: Backbones) -> float | None:
 
 METRICS: dict[str, Metric] = {
     # against a known answer
-    "success": Metric(lambda s, m: float(s.verdict.success), "higher"),
-    "completeness": Metric(lambda s, m: s.verdict.completeness, "higher"),
-    "preservation": Metric(lambda s, m: s.verdict.preservation, "higher"),
-    "balance": Metric(lambda s, m: s.verdict.balance, "higher"),
-    "outside_psnr": Metric(lambda s, m: s.verdict.outside_psnr, "higher"),
-    "l1": Metric(lambda s, m: metrics.l1(s.on_target, s.target), "lower"),
-    "l2": Metric(lambda s, m: metrics.l2(s.on_target, s.target), "lower"),
-    "clip_i": Metric(lambda s, m: cosine(m.clip.image(s.original), m.clip.image(s.target)), "higher", "clip"),
+    "success": Metric(lambda s, m: float(s.verdict.success), "higher", "every part done, nothing else touched"),
+    "closer": Metric(lambda s, m: float(s.verdict.closer), "higher", "nearer to the answer than to the source"),
+    "half": Metric(lambda s, m: float(s.verdict.half), "higher", "at most half of the way to the answer left"),
+    "completeness": Metric(lambda s, m: s.verdict.completeness, "higher", "share of the edit that was done"),
+    "preservation": Metric(lambda s, m: s.verdict.preservation, "higher", "1 where nothing strayed"),
+    "balance": Metric(lambda s, m: s.verdict.balance, "higher", "done and preserved together, 0 to 10"),
+    "outside_psnr": Metric(lambda s, m: s.verdict.outside_psnr, "higher", "dB to the source outside the edit"),
+    "l1": Metric(lambda s, m: metrics.l1(s.on_target, s.target), "lower", "mean difference to the answer"),
+    "l2": Metric(lambda s, m: metrics.l2(s.on_target, s.target), "lower", "mean squared difference to the answer"),
+    "clip_i": Metric(
+        lambda s, m: cosine(m.clip.image(s.original), m.clip.image(s.target)), "higher", "CLIP, to the answer", "clip"
+    ),
     "dino": Metric(
-        lambda s, m: cosine(dino_embedding(m.dino, s.original), dino_embedding(m.dino, s.target)), "higher", "dino"
+        lambda s, m: cosine(dino_embedding(m.dino, s.original), dino_embedding(m.dino, s.target)), "higher",
+        "DINO, to the answer", "dino",
     ),
     # against captions
-    "clip_out": Metric(lambda s, m: _clip_text(s, m, s.original), "higher", "clip"),
-    "clip_dir": Metric(_clip_dir, "higher", "clip"),
-    "clip_whole": Metric(lambda s, m: max(0.0, _clip_text(s, m, s.result)), "higher", "clip"),
-    "clip_edit": Metric(lambda s, m: max(0.0, _clip_text(s, m, s.result * s.mask[..., None])), "higher", "clip"),
-    # against the source
-    "l1_source": Metric(lambda s, m: metrics.l1(s.result, s.source), "lower"),
-    "clip_i_source": Metric(lambda s, m: cosine(m.clip.image(s.original), m.clip.image(s.source)), "higher", "clip"),
-    "dino_source": Metric(
-        lambda s, m: cosine(dino_embedding(m.dino, s.original), dino_embedding(m.dino, s.source)), "higher", "dino"
+    "clip_out": Metric(lambda s, m: _clip_text(s, m, s.original), "higher", "CLIP, to the caption after", "clip"),
+    "clip_dir": Metric(_clip_dir, "higher", "CLIP, change of picture against change of caption", "clip"),
+    "clip_whole": Metric(
+        lambda s, m: max(0.0, _clip_text(s, m, s.result)), "higher", "CLIP, to the caption after", "clip"
     ),
-    "structure": Metric(lambda s, m: structure_distance(m.structure, s.source, s.result), "lower", "structure"),
-    "misalignment": Metric(lambda s, m: metrics.misalignment(s.source, s.result), "lower"),
-    "drift": Metric(lambda s, m: s.drift(), "lower"),
+    "clip_edit": Metric(
+        lambda s, m: max(0.0, _clip_text(s, m, s.result * s.mask[..., None])), "higher",
+        "CLIP of the edited area, to the caption after", "clip",
+    ),
+    # against the source
+    "l1_source": Metric(lambda s, m: metrics.l1(s.result, s.source), "lower", "mean difference to the source"),
+    "clip_i_source": Metric(
+        lambda s, m: cosine(m.clip.image(s.original), m.clip.image(s.source)), "higher", "CLIP, to the source", "clip"
+    ),
+    "dino_source": Metric(
+        lambda s, m: cosine(dino_embedding(m.dino, s.original), dino_embedding(m.dino, s.source)), "higher",
+        "DINO, to the source", "dino",
+    ),
+    "structure": Metric(
+        lambda s, m: structure_distance(m.structure, s.source, s.result), "lower", "of DINO's layouts", "structure"
+    ),
+    "misalignment": Metric(lambda s, m: metrics.misalignment(s.source, s.result), "lower", "shift, zoom of the frame"),
+    "drift": Metric(lambda s, m: s.drift(), "lower", "levels to the first picture of the chain"),
     # against the source, outside the mask
-    "stray": Metric(lambda s, m: s.stray(), "lower"),
-    "psnr": Metric(lambda s, m: metrics.background_psnr(s.source, s.result, s.mask), "higher"),
-    "mse": Metric(lambda s, m: metrics.background_mse(s.source, s.result, s.mask), "lower"),
-    "ssim": Metric(lambda s, m: metrics.background_ssim(s.source, s.result, s.mask), "higher"),
-    "lpips": Metric(_lpips, "lower", "lpips"),
+    "stray": Metric(lambda s, m: s.stray(), "lower", "share of the frame changed without being asked"),
+    "psnr": Metric(
+        lambda s, m: metrics.background_psnr(s.source, s.result, s.mask), "higher", "dB to the source in the background"
+    ),
+    "mse": Metric(
+        lambda s, m: metrics.background_mse(s.source, s.result, s.mask), "lower", "squared difference there"
+    ),
+    "ssim": Metric(lambda s, m: metrics.background_ssim(s.source, s.result, s.mask), "higher", "SSIM, background"),
+    "lpips": Metric(_lpips, "lower", "LPIPS of the background", "lpips"),
 }  # fmt: skip
 
 JUDGED = "judge_"
@@ -188,27 +213,26 @@ def score(
         ValueError: no case could be scored.
     """
     manifest, chains = read_manifest(output), _lines(benchmark.cases)
+    (output / THUMBNAILS).mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     failures = [{"key": key, "reason": reason} for key, reason in benchmark.problems]
-    digests = []
+    digests: list[list[str]] = []
     for number, case in enumerate(benchmark.cases, 1):
         try:
-            digests.append(case_digest(case))
-            if not case.scored:
-                continue
-            _expect_result(manifest.get(case.key), digests[-1])
-            sample = Sample(case, output, benchmark.fit, chains[case.key])
-            rows.append(_row(sample, names, models, judge))
-            _thumbnails(sample)
+            asked = case_digest(case)
+            digests.append([asked, _answer_digest(case)])
+            if case.scored:
+                _expect_result(manifest.get(case.key), asked)
+                sample = Sample(case, output, benchmark.fit, chains[case.key])
+                rows.append(_row(sample, names, models, judge))
+                _thumbnails(sample)
         except ValueError as error:
             failures.append({"key": case.key, "reason": str(error)})
         if on_case is not None:
             on_case(number)
     if not rows:
         raise ValueError(f"no case of {output} could be scored: {failures[0]['reason'] if failures else 'no cases'}")
-    settings = judge.settings if judge is not None else None
-    protocol = _protocol(benchmark, digests, names, models, settings)
-    shown = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    protocol = _protocol(benchmark, digests, names, models, judge.settings if judge is not None else None)
     result = {
         "protocol": protocol,
         "protocol_sha256": digest(protocol),
@@ -221,27 +245,34 @@ def score(
             "failed": failures,
         },
         "agreement": judge.agreement() if judge is not None else None,
-        "better": {name: METRICS[name].better if name in METRICS else "higher" for name in shown},
-        "overall": summary(rows, shown, "overall"),
-        "types": {
-            name: summary([row for row in rows if row["type"] == name], shown, name)
-            for name in sorted({row["type"] for row in rows})
-        },
         "rows": rows,
-    }
+    } | _means(rows, benchmark.mean_over)
     write_json(output / SCORES, result)
     return result
 
 
+def _means(rows: list[dict[str, Any]], mean_over: str) -> dict[str, Any]:
+    """Means over all rows, those of each type and those of each further group; and which way each score is better."""
+    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    types = sorted({row["type"] for row in rows})
+    groups = sorted({group for row in rows for group in row["groups"]})
+    return {
+        "better": {name: METRICS[name].better if name in METRICS else "higher" for name in names},
+        "overall": summary(rows, names, "overall", mean_over),
+        "types": {kind: summary([row for row in rows if row["type"] == kind], names, kind) for kind in types},
+        "groups": {group: summary([row for row in rows if group in row["groups"]], names, group) for group in groups},
+    }
+
+
 def _thumbnails(sample: Sample) -> None:
     """Small copies of what the report shows beside the result; the benchmark is not read again for it."""
-    folder = sample.output / THUMBNAILS
-    folder.mkdir(exist_ok=True)
     pictures = {"source": sample.source} | ({"target": sample.target} if sample.case.target is not None else {})
     for role, pixels in pictures.items():
         image = Image.fromarray(pixels)
         image.thumbnail((256, 256))
-        image.save(folder / f"{sample.case.key}.{role}.webp", quality=85)
+        path = sample.output / THUMBNAILS / f"{sample.case.key}.{role}.webp"
+        image.save(path.with_suffix(".tmp"), "WEBP", quality=85)
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 def _lines(cases: Sequence[Case]) -> dict[str, list[Case]]:
@@ -272,14 +303,30 @@ def _row(sample: Sample, names: Sequence[str], models: Backbones, judge: Judge |
     return {
         "key": case.key,
         "type": case.edit_type,
+        "groups": list(case.groups),
         "instruction": case.instruction,
         "resized": sample.original.shape != sample.result.shape,
         "scores": {name: None if value is None else round(float(value), DIGITS) for name, value in values.items()},
     }
 
 
+def _answer_digest(case: Case) -> str:
+    """Hash of what a result is held against: the target and the mask."""
+    found = []
+    for picture, read in ((case.target, read_picture), (case.mask, mask_pixels)):
+        try:
+            found.append("none" if picture is None else picture_digest(read(picture)))
+        except ValueError:
+            found.append("unreadable")  # the scores that need it will say so
+    return " ".join(found)
+
+
 def _protocol(
-    benchmark: Benchmark, digests: list[str], names: Sequence[str], models: Backbones, judge: dict[str, Any] | None
+    benchmark: Benchmark,
+    digests: list[list[str]],
+    names: Sequence[str],
+    models: Backbones,
+    judge: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """All that must be equal for two score files to be compared; the editor is not part of it."""
     uses = sorted({METRICS[name].uses for name in names} - {""})
@@ -289,6 +336,7 @@ def _protocol(
         "benchmark": benchmark.name,
         "settings": benchmark.settings,
         "fit": benchmark.fit,
+        "mean_over": benchmark.mean_over,
         "num_cases": len(benchmark.cases),
         "cases": digest(digests),
         "metrics": list(names),
@@ -313,28 +361,42 @@ class Mean:
     n: int
 
 
-def bootstrap(values: Sequence[float], label: str) -> Mean:
-    """Mean of `values` with a percentile interval; the resamples are a function of `label` and the number alone."""
-    data = np.asarray(values, np.float64)
-    seed = int.from_bytes(hashlib.sha256(f"{label} {len(data)}".encode()).digest()[:8])
+def bootstrap(values: Sequence[float] | Sequence[Sequence[float]], label: str) -> Mean:
+    """Mean of `values` with a percentile interval; the resamples are a function of `label` and the number alone.
+
+    Args:
+        values: one a case; or those of each type, whose means are averaged and which are resampled each by itself.
+    """
+    strata = [np.asarray(part, np.float64) for part in (values if isinstance(values[0], Sequence) else [values])]
+    seed = int.from_bytes(hashlib.sha256(f"{label} {sum(map(len, strata))}".encode()).digest()[:8])
     rng = np.random.default_rng(seed)
-    means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(NUM_BOOTSTRAP)])
+    means = np.zeros(NUM_BOOTSTRAP)
+    for part in strata:
+        means += part[rng.integers(0, len(part), (NUM_BOOTSTRAP, len(part)))].mean(1) / len(strata)
     low, high = np.percentile(means, (2.5, 97.5))
-    return Mean(round(float(data.mean()), DIGITS), round(float(low), DIGITS), round(float(high), DIGITS), len(data))
+    mean = float(np.mean([part.mean() for part in strata]))
+    return Mean(round(mean, DIGITS), round(float(low), DIGITS), round(float(high), DIGITS), sum(map(len, strata)))
 
 
-def summary(rows: list[dict[str, Any]], names: Sequence[str], label: str) -> dict[str, Any]:
-    """Means by metric over the rows that have it."""
+def summary(rows: list[dict[str, Any]], names: Sequence[str], label: str, mean_over: str = "cases") -> dict[str, Any]:
+    """Means by metric over the rows that have it; over cases, or over the means of types."""
     found = {}
     for name in names:
-        values = [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
-        if values:
+        having = [row for row in rows if row["scores"].get(name) is not None]
+        if having:
+            kinds = sorted({row["type"] for row in having}) if mean_over == "types" else [None]
+            values = [[row["scores"][name] for row in having if kind in (None, row["type"])] for kind in kinds]
             found[name] = asdict(bootstrap(values, f"{label} {name}"))
     return found
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain values so that equal values give equal bytes, at once."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write plain values so that equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,0 +1,187 @@
+"""What an edit did to the source's detail: a field of colour gains, estimated on the decoded source and result.
+
+Recoloured, all of the source's detail is kept, in other colours; removed or painted over, none of it; blurred, less of
+it the finer it is. The decodings show no detail finer than the image tokenizer's, so the gain of what is finer still is
+extrapolated: from how the gain changes from coarse to fine. Everything is in the model's pixels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from varedit.editing.change_map import ORIENTATIONS, Calibration, ChangeMap
+from varedit.editing.edit_kind import fit_tone
+
+DETAIL = 2.0
+"""Standard deviation that parts detail from tone."""
+
+FINE = 0.7
+"""Standard deviation of what is too fine to compare: the decoder's own noise."""
+
+REMOVED, KEPT = 0.4, 0.6
+"""Gain of fine detail over that of coarse: up to the first the edit removed detail, from the second on it did not."""
+
+SHARPENED = 1.6
+"""Largest gain of fine detail over that of coarse: sharpening."""
+
+UNEXPLAINED = 2.5
+"""Mean squared error over the noise from which on a change of tone is not trusted at all; one less, and it is fully."""
+
+TRUSTED_RIDGE, TRUSTED_NOISE = 30.0, 2.0
+"""How much more a trusted change of tone holds against local estimates, and against the result's own offsets."""
+
+TONE = 12.0
+"""Standard deviation of the windows in which the change of tone may differ from the whole area's: a vignette."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """An edit in the form that any resolution can use. Model pixels.
+
+    Attributes:
+        source_HW3: float32, the decoded source in levels of 255, turned as the edit turned it.
+        result_HW3: float32, the decoded result, without the noise that differs from decoding to decoding.
+        gain_HW33: float32, [..., i, j] is the share of the source's detail in channel j that goes to channel i.
+    """
+
+    source_HW3: np.ndarray
+    result_HW3: np.ndarray
+    gain_HW33: np.ndarray
+
+
+def transfer(change: ChangeMap, calibration: Calibration | None = None) -> Transfer:
+    """Estimate what the edit did to the source's detail.
+
+    Every changed area first gets the gain of its change of tone (a global edit is one area), the prior of gains in
+    windows that shrink; each step moves away from its prior only as far as the source has detail there to tell. Where
+    the result's detail cannot be had from the source's, the gain falls to zero.
+    """
+    calibration = calibration or change.calibration
+    diff = change.difference
+    source, result = diff.source_HW3, diff.result_HW3
+    if change.orientation != "same":
+        source = np.ascontiguousarray(source[ORIENTATIONS[change.orientation]])
+    noise = np.square(calibration.noise(diff.contrast_HW))
+    labels = _areas(change)
+    tone, gain, trust = _tones(source, result, labels, noise)
+    refined = _gains(source, result, gain, labels, trust, float(np.mean(noise)), diff.cell)
+    expected = tone + _apply(refined - gain, _finer(source, DETAIL))
+    noise = noise * (1 + TRUSTED_NOISE * trust)
+    return Transfer(source, _settle(result, expected, labels, noise), refined.astype(np.float32))
+
+
+def _areas(change: ChangeMap) -> np.ndarray:
+    """Area of each pixel, 0 where nothing changed: int (H, W)."""
+    if change.kind == "global":
+        return np.ones(change.hard_HW.shape, int)
+    # One pixel more on every side: the edge of what was changed tells most about how.
+    labels, _ = ndimage.label(ndimage.binary_dilation(change.hard_HW, iterations=2), np.ones((3, 3)))
+    return labels
+
+
+def _tones(
+    source: np.ndarray, result: np.ndarray, labels: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The source under each area's change of tone, unchanged elsewhere.
+
+    Returns:
+        Transformed source (H, W, 3), its gain (H, W, 3, 3), and (H, W) in [0, 1] how well that explains the area.
+    """
+    tone, trust = source.copy(), np.zeros(labels.shape, np.float32)
+    gain = np.broadcast_to(np.eye(3, dtype=np.float32), (*labels.shape, 3, 3)).copy()
+    for label in range(1, labels.max() + 1):
+        inside = labels == label
+        tone[inside], gain[inside] = fit_tone(source[inside], result[inside])
+    rest = np.square(ndimage.gaussian_filter(result - tone, (DETAIL, DETAIL, 0))).mean(-1)
+    for label in range(1, labels.max() + 1):
+        inside = labels == label
+        trust[inside] = np.clip(UNEXPLAINED - np.median(rest[inside]) / np.median(noise[inside]), 0, 1)
+    return tone, gain, trust
+
+
+def _gains(
+    source: np.ndarray,
+    result: np.ndarray,
+    gain: np.ndarray,
+    labels: np.ndarray,
+    trust: np.ndarray,
+    noise: float,
+    cell: float,
+) -> np.ndarray:
+    """float32 (H, W, 3, 3): the gain of the source's detail, starting from that of the change of tone."""
+    changed = labels > 0
+    ridge = noise * (1 + TRUSTED_RIDGE * trust)
+    gain = _refined(gain, _finer(source, TONE), _finer(result, TONE), changed, TONE, 4 * ridge)
+    detail, wanted = _finer(source, DETAIL), _finer(result, DETAIL)
+    visible = [ndimage.gaussian_filter(x, (FINE, FINE, 0)) for x in (detail, wanted)]
+    ratios, removed = np.ones(labels.shape, np.float32), np.ones(labels.shape, np.float32)
+    for label in range(1, labels.max() + 1):
+        inside = labels == label
+        expected = _apply(gain[inside], visible[0][inside])
+        prior = noise * min(1, cell**2 / inside.sum())  # errors come a cell at a time
+        ratio = (np.mean(expected * visible[1][inside]) + prior) / (np.mean(np.square(expected)) + prior)
+        removed[inside] = np.clip((ratio - REMOVED) / (KEPT - REMOVED), 0, 1)
+        # The decoded source has errors of its own, which draw a regression on it towards zero.
+        ratios[inside] = np.clip(ratio, KEPT, 1)
+        gain[inside] *= np.clip(ratio, 1, SHARPENED)
+        rest = np.square(wanted[inside] - ratios[inside, None] * _apply(gain[inside], detail[inside])).mean()
+        share = _explained(rest, np.square(wanted[inside]).mean(), noise)
+        gain[inside] *= _trusting(np.square(share), trust[inside])[:, None, None]
+    whole = wanted / ratios[..., None]
+    for sigma in (6.0, 2.5):
+        finer = _refined(gain, detail, whole, changed, sigma, ridge)
+        rest = np.square(wanted - ratios[..., None] * _apply(finer, detail)).mean(-1)
+        energy = np.square(wanted).mean(-1)
+        share = _explained(ndimage.gaussian_filter(rest, sigma), ndimage.gaussian_filter(energy, sigma), noise)
+        gain = np.where(changed[..., None, None], finer * _trusting(np.square(share), trust)[..., None, None], gain)
+    return gain * removed[..., None, None]
+
+
+def _trusting(share: np.ndarray, trust: np.ndarray) -> np.ndarray:
+    return 1 - (1 - share) * (1 - trust)
+
+
+def _finer(image_HW3: np.ndarray, sigma: float) -> np.ndarray:
+    return image_HW3 - ndimage.gaussian_filter(image_HW3, (sigma, sigma, 0))
+
+
+def _apply(gain: np.ndarray, detail: np.ndarray) -> np.ndarray:
+    return np.einsum("...ij,...j->...i", gain, detail)
+
+
+def _refined(
+    gain: np.ndarray, detail: np.ndarray, wanted: np.ndarray, changed: np.ndarray, sigma: float, ridge: np.ndarray
+) -> np.ndarray:
+    """Gains with the least squared error in windows of the changed area, drawn to the given ones by `ridge`."""
+    blur, weight = (sigma, sigma, 0, 0), changed[..., None, None].astype(np.float32)
+    moment = ndimage.gaussian_filter(weight * detail[..., :, None] * detail[..., None, :], blur)
+    cross = ndimage.gaussian_filter(weight * wanted[..., :, None] * detail[..., None, :], blur)
+    amount = ndimage.gaussian_filter(weight * np.reshape(ridge, (*np.shape(ridge), 1, 1)), blur)
+    eye = np.eye(3, dtype=np.float32)
+    solved = np.linalg.solve(moment + (amount + 1e-3) * eye, np.swapaxes(cross + (amount + 1e-3) * gain, -1, -2))
+    return np.where(weight > 0, np.swapaxes(solved, -1, -2), gain)
+
+
+def _explained(rest: np.ndarray, energy: np.ndarray, noise: float) -> np.ndarray:
+    """Share of the result's detail that is neither noise nor new, in [0, 1]."""
+    return 1 - np.clip((rest - noise) / np.maximum(energy, noise), 0, 1)
+def _settle(result: np.ndarray, expected: np.ndarray, labels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """The result without decoding noise: what was expected plus an offset as smooth as the result allows.
+
+    The offset is built coarse to fine; at each step what is left is added in proportion to how far it exceeds the
+    noise. So tone edits come out clean, and what is drawn anew comes through whole.
+    """
+    left = (result - expected).astype(np.float32)
+    offset = np.zeros_like(left)
+    for label in range(1, labels.max() + 1):
+        inside = labels == label
+        offset[inside] = np.median(left[inside], axis=0)
+    for sigma in (12.0, 5.0, 2.0, 0.0):
+        step = ndimage.gaussian_filter(left - offset, (sigma, sigma, 0)) if sigma else left - offset
+        energy = ndimage.gaussian_filter(np.square(step).mean(-1), max(sigma, 1.0))
+        # Errors of neighbouring pixels come from the same cell of about 8 pixels, so averages calm down slowly.
+        trust = np.maximum(1 - 1.5 * noise / (1 + sigma) / np.maximum(energy, 1e-6), 0)
+        offset += trust[..., None] * step
+    offset[labels == 0] = left[labels == 0]
+    return (expected + offset).astype(np.float32)
