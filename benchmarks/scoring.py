@@ -128,13 +128,14 @@ def main(data: Path | None = None, output: Path | None = None, threads: int = os
     rows.append(scoring("score: PIE-Bench but LPIPS (CLIP ViT-L/14, DINO ViT-B/8)", pictures(4), names, pie))
     del pie
     rows += [editing(drawn.first(16), batch_size) for batch_size in (1, 8, 16)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load_average = f"{before:.1f} before and {os.getloadavg()[0]:.1f} after"
     lines = [
         "# Evaluation: cases a second",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads, PyTorch {torch.__version__}.",
-        f"Load average {load_average}: what else ran makes cases a second smaller; CPU seconds, of all",
-        "threads together, depend less on it.",
+        f"{platform.machine()}, {cores} of {os.cpu_count()} cores, {threads} thread(s), PyTorch {torch.__version__}.",
+        f"Load average {load_average} the measurement. Other work makes cases a second smaller;",
+        "CPU seconds, of all threads together, depend less on it.",
         "",
         "| what | pixels | cases | cases a second | CPU seconds a case |",
         "|---|---|---|---|---|",

@@ -263,9 +263,7 @@ def test_agreement_stands_on_the_report(tmp_path):
         score(benchmark, tmp_path / "run", [], Backbones(), judge)
     write_report(load_runs([tmp_path / "run"]), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert (
-        "run, success: repeated judgements of a case lie within one point in 0% of 3 pairs (mean distance 5.00)" in page
-    )
+    assert "<td>success</td><td>0%</td><td>5.00</td><td class=quiet>3</td>" in page
     assert "judged by m (paper rules)" in page and "judge balance" in page
 
 

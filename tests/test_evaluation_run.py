@@ -224,6 +224,9 @@ def test_own_pipeline_resumes_only_with_the_same_settings(tmp_path):
         generate(benchmark, make_editor(spec, "cpu"), tmp_path / "out")
     result = score(benchmark, tmp_path / "out", benchmark.metrics, Backbones())
     assert result["overall"]["success"]["mean"] == 0  # random weights
+    generate(benchmark, make_editor(f"{spec}?temperature=0.0", "cpu"), tmp_path / "again", batch_size=2)
+    score(benchmark, tmp_path / "again", benchmark.metrics, Backbones())
+    assert (tmp_path / "again/scores.json").read_bytes() == (tmp_path / "out/scores.json").read_bytes()
 
 
 def test_everything_broken_at_once(tmp_path, capsys):

@@ -30,7 +30,8 @@ def run(  # noqa: PLR0913 - one argument an option
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results; resumed if it exists.")],
     data: Annotated[
-        Path | None, typer.Option(help="The benchmark's files; procedural: objects/ and photos/.", show_default="none")
+        Path | None,
+        typer.Option(help="The benchmark's files; procedural: objects/ and photos/.", show_default="download, or draw"),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The first so many cases.", show_default="all")] = None,
     size: Annotated[int, typer.Option(help="Size class of the procedural pictures.")] = 128,

@@ -19,16 +19,16 @@ DETAIL = 2.0
 FINE = 0.7
 """Standard deviation of what is too fine to compare: the decoder's own noise."""
 
-REMOVED, KEPT = 0.4, 0.6
+REMOVED, KEPT = 0.35, 0.5
 """Gain of fine detail over that of coarse: up to the first the edit removed detail, from the second on it did not."""
 
 SHARPENED = 1.6
 """Largest gain of fine detail over that of coarse: sharpening."""
 
-UNEXPLAINED = 2.5
+UNEXPLAINED = 4.0
 """Mean squared error over the noise from which on a change of tone is not trusted at all; one less, and it is fully."""
 
-TRUSTED_RIDGE, TRUSTED_NOISE = 30.0, 2.0
+TRUSTED_RIDGE, TRUSTED_NOISE = 100.0, 8.0
 """How much more a trusted change of tone holds against local estimates, and against the result's own offsets."""
 
 TONE = 12.0
@@ -65,9 +65,9 @@ def transfer(change: ChangeMap, calibration: Calibration | None = None) -> Trans
     noise = np.square(calibration.noise(diff.contrast_HW))
     labels = _areas(change)
     tone, gain, trust = _tones(source, result, labels, noise)
-    refined = _gains(source, result, gain, labels, trust, float(np.mean(noise)), diff.cell)
+    refined, left = _gains(source, result, gain, labels, trust, float(np.mean(noise)), diff.cell)
     expected = tone + _apply(refined - gain, _finer(source, DETAIL))
-    noise = noise * (1 + TRUSTED_NOISE * trust)
+    noise = noise * np.where(left < 1, np.maximum(left, 0.2), 1 + TRUSTED_NOISE * trust)
     return Transfer(source, _settle(result, expected, labels, noise), refined.astype(np.float32))
 
 
@@ -115,13 +115,13 @@ def _gains(
     gain = _refined(gain, _finer(source, TONE), _finer(result, TONE), changed, TONE, 4 * ridge)
     detail, wanted = _finer(source, DETAIL), _finer(result, DETAIL)
     visible = [ndimage.gaussian_filter(x, (FINE, FINE, 0)) for x in (detail, wanted)]
-    ratios, removed = np.ones(labels.shape, np.float32), np.ones(labels.shape, np.float32)
+    ratios, left = np.ones(labels.shape, np.float32), np.ones(labels.shape, np.float32)
     for label in range(1, labels.max() + 1):
         inside = labels == label
         expected = _apply(gain[inside], visible[0][inside])
         prior = noise * min(1, cell**2 / inside.sum())  # errors come a cell at a time
         ratio = (np.mean(expected * visible[1][inside]) + prior) / (np.mean(np.square(expected)) + prior)
-        removed[inside] = np.clip((ratio - REMOVED) / (KEPT - REMOVED), 0, 1)
+        left[inside] = np.clip((ratio - REMOVED) / (KEPT - REMOVED), 0, 1)
         # The decoded source has errors of its own, which draw a regression on it towards zero.
         ratios[inside] = np.clip(ratio, KEPT, 1)
         gain[inside] *= np.clip(ratio, 1, SHARPENED)
@@ -135,7 +135,7 @@ def _gains(
         energy = np.square(wanted).mean(-1)
         share = _explained(ndimage.gaussian_filter(rest, sigma), ndimage.gaussian_filter(energy, sigma), noise)
         gain = np.where(changed[..., None, None], finer * _trusting(np.square(share), trust)[..., None, None], gain)
-    return gain * removed[..., None, None]
+    return gain * left[..., None, None], left
 
 
 def _trusting(share: np.ndarray, trust: np.ndarray) -> np.ndarray:

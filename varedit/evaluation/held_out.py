@@ -34,7 +34,7 @@ class HeldOut:
         self.world = World(objects, photos, "test", size, height_over_width)
         self.seed = seed
         self._renderer = Renderer(objects, None, "test", self.world.height, self.world.width)
-        self._pair = lru_cache(maxsize=256)(self.world.pair)
+        self._pair = lru_cache(maxsize=16)(self.world.pair)
 
     def pair(self, index: int) -> Pair:
         return self._pair(self.seed, index)
