@@ -1,6 +1,7 @@
 # Every target sets itself up in .venv; only Python (3.11 or newer) is needed beforehand.
 #
 #   make edit    edit a sample photograph with the default model          out/sample.jpg -> out/sample.edited.jpg
+#                and an object in a drawn scene                           out/scene.png -> out/scene.edited.png
 #   make test    the tests                                                make test-slow for the slow ones as well
 #   make lint    ruff and mypy
 #   make bench   measure, and write benchmarks/results/
@@ -13,6 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 INSTRUCTION ?= make it black and white
+SCENE_INSTRUCTION ?= make the red circle blue
 SEED ?= 0
 OUT := out
 VECTORS ?= ../shared/parity
@@ -41,6 +43,8 @@ edit: $(VENV)/.installed
 	$(BIN)/python docs/sample.py photo $(OUT)/sample.jpg
 	$(BIN)/varedit edit $(OUT)/sample.jpg "$(INSTRUCTION)" --output $(OUT)/sample.edited.jpg --seed $(SEED) --overwrite
 	$(BIN)/python docs/sample.py compare $(OUT)/sample.jpg $(OUT)/sample.edited.jpg $(OUT)/before_after.jpg
+	$(BIN)/python docs/sample.py scene $(OUT)/scene.png
+	$(BIN)/varedit edit $(OUT)/scene.png "$(SCENE_INSTRUCTION)" --output $(OUT)/scene.edited.png --seed $(SEED) --overwrite
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -1,9 +1,11 @@
-"""The sample photograph of `make edit`, and the before/after picture.
+"""The sample photograph and the drawn scene of `make edit`, and the before/after picture.
 
 python docs/sample.py photo out/sample.jpg
+python docs/sample.py scene out/scene.png
 python docs/sample.py compare BEFORE AFTER OUT
 
-The photograph (a cup of coffee, Rachel Michetti, public domain) comes with scikit-image.
+The photograph (a cup of coffee, Rachel Michetti, public domain) comes with scikit-image. The scene is of the procedural
+world's test split; it is one of those that the default model gets right.
 """
 
 import sys
@@ -22,6 +24,14 @@ def photo(output: Path) -> None:
     ImageOps.fit(Image.fromarray(skimage.data.coffee()), SIZE, Image.Resampling.LANCZOS).save(output, quality=95)
 
 
+def scene(output: Path) -> None:
+    """Write a drawn scene, 576 x 432."""
+    from varedit.data.synthetic import World
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(World(split="test", size=512, height_over_width=0.75).pair(3, 142).source).save(output)
+
+
 def compare(before: Path, after: Path, output: Path) -> None:
     """Write two pictures of one size side by side, each half as wide as the sample."""
     pictures = [ImageOps.contain(Image.open(path).convert("RGB"), (SIZE[0] // 2, SIZE[1])) for path in (before, after)]
@@ -35,7 +45,7 @@ def compare(before: Path, after: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     command, *paths = sys.argv[1:] or [""]
-    commands = {("photo", 1): photo, ("compare", 3): compare}
+    commands = {("photo", 1): photo, ("scene", 1): scene, ("compare", 3): compare}
     if (command, len(paths)) not in commands:
         sys.exit(__doc__)
     commands[command, len(paths)](*map(Path, paths))

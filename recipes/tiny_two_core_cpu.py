@@ -316,6 +316,10 @@ def export(run: Run, output: Path = Path("varedit/models/tiny")) -> None:
     folder = run / "export"
     pipeline.save_pretrained(folder)
     VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
+    for file in [*output.glob("*/config.json"), output / "model_index.json"]:
+        values = json.loads(file.read_text())
+        values.pop("_name_or_path", None)  # the folder of this run is nobody's business
+        file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def edit_scores(pair: Pair, source: np.ndarray, target: np.ndarray, result: np.ndarray) -> dict:
