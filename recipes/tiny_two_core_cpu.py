@@ -43,7 +43,7 @@ logger = logging.getLogger("recipe")
 app = typer.Typer(add_completion=False, help=__doc__)
 
 SIZE = 128
-DEFAULTS = {"guidance_scale": 3.0, "temperature": 0.5, "top_p": 1.0}
+DEFAULTS = {"guidance_scale": 2.0, "temperature": 0.5, "top_p": 1.0}
 TOKENIZER = {
     "num_code_bits": 14,
     "base_width": 32,

@@ -31,6 +31,10 @@ UNEXPLAINED = 4.0
 TRUSTED_RIDGE, TRUSTED_NOISE = 100.0, 8.0
 """How much more a trusted change of tone holds against local estimates, and against the result's own offsets."""
 
+FAINT = 0.2, 0.5
+"""x"""
+LOCAL_TRUST = 1.0
+
 TONE = 12.0
 """Standard deviation of the windows in which the change of tone may differ from the whole area's: a vignette."""
 
@@ -65,7 +69,12 @@ def transfer(change: ChangeMap, calibration: Calibration | None = None) -> Trans
     noise = np.square(calibration.noise(diff.contrast_HW))
     labels = _areas(change)
     tone, gain, trust = _tones(source, result, labels, noise)
+    if change.kind != "global":
+        trust = trust * LOCAL_TRUST
     refined, left = _gains(source, result, gain, labels, trust, float(np.mean(noise)), diff.cell)
+    if change.kind != "global":
+        size = np.sqrt(np.square(refined).sum((-1, -2)) / 3)
+        refined = refined * np.clip((size - FAINT[0]) / (FAINT[1] - FAINT[0]), 0, 1)[..., None, None]
     expected = tone + _apply(refined - gain, _finer(source, DETAIL))
     noise = noise * np.where(left < 1, np.maximum(left, 0.2), 1 + TRUSTED_NOISE * trust)
     return Transfer(source, _settle(result, expected, labels, noise), refined.astype(np.float32))
