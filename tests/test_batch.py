@@ -400,7 +400,6 @@ def test_a_worker_that_dies_costs_nothing(jobs, singles, options, tmp_path):
     assert files_below(tmp_path) == singles
 
 
-@pytest.mark.slow
 def test_workers_that_always_die_end_the_batch(jobs, options, tmp_path):
     ended = threading.Event()
 

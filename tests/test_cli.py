@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,38 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from varedit.cli import edit as edit_module
-from varedit.cli import main
 from varedit.cli.edit import amount_changed
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def varedit(capsys):
-    """Run the command: varedit("edit", ...) -> exit code, stdout, stderr."""
-
-    def run(*arguments) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return Ran(ended.value.code, out, err)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> Path:
-    from varedit.testing import tiny_pipeline
-
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -57,15 +25,6 @@ def photo(tmp_path) -> Path:
     ramp = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
-
-
-def assert_refused(ran: Ran, *mentioned: str) -> None:
-    """Exit code 2 and one line that names what was wrong (notes may stand before it)."""
-    assert ran.code == 2
-    lines = [line for line in ran.err.splitlines() if not line.startswith("note: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), ran.err
-    for text in mentioned:
-        assert text in lines[0]
 
 
 # -- what is loaded
@@ -152,7 +111,7 @@ def test_animated_gif_edits_its_first_frame_and_says_so(varedit, model_folder, t
 def test_existing_output_is_kept_unless_overwritten(varedit, model_folder, photo, tmp_path):
     (tmp_path / "photo.edited.png").write_bytes(b"precious")
     arguments = ["edit", photo, "blur", "--model", model_folder]
-    assert_refused(varedit(*arguments), "photo.edited.png", "--overwrite")
+    varedit(*arguments).assert_refused("photo.edited.png", "--overwrite")
     assert (tmp_path / "photo.edited.png").read_bytes() == b"precious"
     assert varedit(*arguments, "--overwrite").code == 0
     assert (tmp_path / "photo.edited.png").read_bytes() != b"precious"
@@ -234,12 +193,12 @@ def test_bad_image(name, varedit, model_folder, tmp_path):
     if name in BAD_IMAGES:
         (tmp_path / name).write_bytes(BAD_IMAGES[name])
     before = sorted(tmp_path.iterdir())
-    assert_refused(varedit("edit", tmp_path / name, "blur", "--model", model_folder), name)
+    varedit("edit", tmp_path / name, "blur", "--model", model_folder).assert_refused(name)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_folder_in_place_of_an_image(varedit, model_folder, tmp_path):
-    assert_refused(varedit("edit", tmp_path, "blur", "--model", model_folder), str(tmp_path), "folder")
+    varedit("edit", tmp_path, "blur", "--model", model_folder).assert_refused(str(tmp_path), "folder")
 
 
 BAD_SETTINGS = {
@@ -265,33 +224,33 @@ def test_bad_setting(option, value, varedit, model_folder, photo, tmp_path):
         "1.5",
         "1",
     )  # what the parser refuses names the option; the value is on the line typed
-    assert_refused(ran, value if parsed else option)
+    ran.assert_refused(value if parsed else option)
     assert list(tmp_path.iterdir()) == [photo]
 
 
 @pytest.mark.parametrize("instruction", ["", "  \n", "x" * 10_000])
 def test_bad_instruction(instruction, varedit, model_folder, photo, tmp_path):
-    assert_refused(varedit("edit", photo, instruction, "--model", model_folder), "instruction")
+    varedit("edit", photo, instruction, "--model", model_folder).assert_refused("instruction")
     assert list(tmp_path.iterdir()) == [photo]
 
 
 def test_instruction_longer_than_the_model_takes(varedit, model_folder, photo, tmp_path):
-    assert_refused(varedit("edit", photo, "word " * 300, "--model", model_folder), "tokens")
+    varedit("edit", photo, "word " * 300, "--model", model_folder).assert_refused("tokens")
     assert list(tmp_path.iterdir()) == [photo]
 
 
 def test_missing_instruction(varedit, photo):
-    assert_refused(varedit("edit", photo), "instruction")
+    varedit("edit", photo).assert_refused("instruction")
 
 
 def test_unknown_command(varedit):
-    assert_refused(varedit("paint"), "paint")
+    varedit("paint").assert_refused("paint")
 
 
 @pytest.mark.parametrize("output", ["no/such/folder/a.png", "a.xyz", "a", ".", "photo.png"])
 def test_unwritable_output(output, varedit, model_folder, photo, tmp_path):
     before = photo.read_bytes()
-    assert_refused(varedit("edit", photo, "blur", "--model", model_folder, "-o", tmp_path / output))
+    varedit("edit", photo, "blur", "--model", model_folder, "-o", tmp_path / output).assert_refused()
     assert list(tmp_path.iterdir()) == [photo] and photo.read_bytes() == before
 
 
@@ -321,16 +280,16 @@ def test_convert_writes_a_folder_that_edit_reads(varedit, released_files, photo,
     pipeline = VAREditPipeline.from_pretrained(output)
     assert (pipeline.config.size, pipeline.config.fit) == (256, "native")
     assert pipeline.transformer.config.position_layout == "offset"
-    assert_refused(varedit("edit", photo, "blur", "--model", output), "text encoder")
+    varedit("edit", photo, "blur", "--model", output).assert_refused("text encoder")
 
 
 def test_convert_refuses_bad_input(varedit, released_files, tmp_path):
     output = tmp_path / "converted"
-    assert_refused(varedit("convert", *released_files, "-o", output, "--preset=9b"), "9b")
-    assert_refused(varedit("convert", *released_files, "-o", output, "--preset=2b-512"))  # not its sizes
-    assert_refused(varedit("convert", *released_files, "-o", output, "--size=100"), "100")
+    varedit("convert", *released_files, "-o", output, "--preset=9b").assert_refused("9b")
+    varedit("convert", *released_files, "-o", output, "--preset=2b-512").assert_refused()  # not its sizes
+    varedit("convert", *released_files, "-o", output, "--size=100").assert_refused("100")
     swapped = [released_files[0], released_files[3], released_files[2], released_files[1]]
-    assert_refused(varedit("convert", *swapped, "-o", output))
+    varedit("convert", *swapped, "-o", output).assert_refused()
     assert not output.exists()
 
 
@@ -338,13 +297,13 @@ def test_convert_executes_no_pickle(varedit, released_files, tmp_path):
     evil, executed = tmp_path / "evil.pth", tmp_path / "executed"
     evil.write_bytes(pickle.dumps({"weight": Bomb(executed)}, protocol=2))
     ran = varedit("convert", "--transformer", evil, *released_files[2:], "-o", tmp_path / "converted")
-    assert_refused(ran, "evil.pth")
+    ran.assert_refused("evil.pth")
     assert not executed.exists() and not (tmp_path / "converted").exists()
 
 
 def test_convert_names_a_missing_file(varedit, tmp_path):
     ran = varedit("convert", "--transformer=gone.pth", "--image-tokenizer=gone.pth", "-o", tmp_path / "converted")
-    assert_refused(ran, "gone.pth")
+    ran.assert_refused("gone.pth")
 
 
 # -- data
@@ -375,13 +334,13 @@ def test_data_synth_uses_photographs(varedit, shared_dir, tmp_path):
     [("--count", "0"), ("--size", "7"), ("--split", "dev"), ("--photos", "no/folder"), ("--objects", "no/folder")],
 )
 def test_data_synth_refuses_bad_input(option, value, varedit, tmp_path):
-    assert_refused(varedit("data", "synth", "-o", tmp_path / "pairs", option, value), value)
+    varedit("data", "synth", "-o", tmp_path / "pairs", option, value).assert_refused(value)
     assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
 
 
 def test_data_synth_keeps_an_existing_folder(varedit, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("precious")
-    assert_refused(varedit("data", "synth", "-o", tmp_path, "--count=1"), "pairs.jsonl")
+    varedit("data", "synth", "-o", tmp_path, "--count=1").assert_refused("pairs.jsonl")
     assert (tmp_path / "pairs.jsonl").read_text() == "precious"
 
 
@@ -404,7 +363,7 @@ def test_missing_weight_is_refused_by_name(varedit, spoiled_folder, photo):
     weights = load_file(weights_of(spoiled_folder))
     del weights["head.weight"]
     save_file(weights, weights_of(spoiled_folder), {"format": "pt"})
-    assert_refused(varedit("edit", photo, "blur", "--model", spoiled_folder), "head.weight")
+    varedit("edit", photo, "blur", "--model", spoiled_folder).assert_refused("head.weight")
     assert not photo.with_name("photo.edited.png").exists()
 
 
@@ -412,13 +371,13 @@ def test_misshapen_weight_is_refused(varedit, spoiled_folder, photo):
     weights = load_file(weights_of(spoiled_folder))
     weights["head.weight"] = weights["head.weight"][:, :-1].contiguous()
     save_file(weights, weights_of(spoiled_folder), {"format": "pt"})
-    assert_refused(varedit("edit", photo, "blur", "--model", spoiled_folder), "head.weight")
+    varedit("edit", photo, "blur", "--model", spoiled_folder).assert_refused("head.weight")
 
 
 def test_truncated_weights_are_refused(varedit, spoiled_folder, photo):
     path = weights_of(spoiled_folder)
     path.write_bytes(path.read_bytes()[:-1000])
-    assert_refused(varedit("edit", photo, "blur", "--model", spoiled_folder))
+    varedit("edit", photo, "blur", "--model", spoiled_folder).assert_refused()
 
 
 class Bomb:
@@ -435,5 +394,5 @@ def test_pickled_weights_are_refused_and_not_executed(varedit, spoiled_folder, p
     weights_of(spoiled_folder).unlink()
     evil = spoiled_folder / "transformer" / "diffusion_pytorch_model.bin"
     evil.write_bytes(pickle.dumps(Bomb(tmp_path / "executed"), protocol=2))
-    assert_refused(varedit("edit", photo, "blur", "--model", spoiled_folder))
+    varedit("edit", photo, "blur", "--model", spoiled_folder).assert_refused()
     assert not (tmp_path / "executed").exists()

@@ -19,24 +19,27 @@ DETAIL = 2.0
 FINE = 0.7
 """Standard deviation of what is too fine to compare: the decoder's own noise."""
 
+TONE = 12.0
+"""Standard deviation of the windows in which the change of tone may differ from the whole area's: a vignette."""
+
 REMOVED, KEPT = 0.35, 0.5
-"""Gain of fine detail over that of coarse: up to the first the edit removed detail, from the second on it did not."""
+"""Gain of the visible detail over that of the tone: up to the first the edit removed detail, from the second on not.
+
+What removes some of it removes all that is finer (blur, pixelate). The decoded source has errors of its own, which draw
+every such ratio below 1.
+"""
 
 SHARPENED = 1.6
-"""Largest gain of fine detail over that of coarse: sharpening."""
+"""Largest such ratio that is believed: sharpening."""
+
+FAINT, PLAIN = 0.2, 0.5
+"""Gains of a local edit: up to the first they are chance and show as ghosts, from the second on they count in full."""
 
 UNEXPLAINED = 4.0
-"""Mean squared error over the noise from which on a change of tone is not trusted at all; one less, and it is fully."""
+"""Squared error over the noise from which on a change of tone is not trusted at all; one less, and it is fully."""
 
 TRUSTED_RIDGE, TRUSTED_NOISE = 100.0, 8.0
 """How much more a trusted change of tone holds against local estimates, and against the result's own offsets."""
-
-FAINT = 0.2, 0.5
-"""x"""
-LOCAL_TRUST = 1.0
-
-TONE = 12.0
-"""Standard deviation of the windows in which the change of tone may differ from the whole area's: a vignette."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +72,12 @@ def transfer(change: ChangeMap, calibration: Calibration | None = None) -> Trans
     noise = np.square(calibration.noise(diff.contrast_HW))
     labels = _areas(change)
     tone, gain, trust = _tones(source, result, labels, noise)
-    if change.kind != "global":
-        trust = trust * LOCAL_TRUST
     refined, left = _gains(source, result, gain, labels, trust, float(np.mean(noise)), diff.cell)
     if change.kind != "global":
         size = np.sqrt(np.square(refined).sum((-1, -2)) / 3)
-        refined = refined * np.clip((size - FAINT[0]) / (FAINT[1] - FAINT[0]), 0, 1)[..., None, None]
+        refined = refined * np.clip((size - FAINT) / (PLAIN - FAINT), 0, 1)[..., None, None]
     expected = tone + _apply(refined - gain, _finer(source, DETAIL))
+    # What the edit drew anew is taken as it is; where it only changed the tone, every offset is suspect.
     noise = noise * np.where(left < 1, np.maximum(left, 0.2), 1 + TRUSTED_NOISE * trust)
     return Transfer(source, _settle(result, expected, labels, noise), refined.astype(np.float32))
 

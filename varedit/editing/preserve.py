@@ -26,7 +26,8 @@ from varedit.image_processor import LoadedImage
 Mode = Literal["exact", "blend", "off"]
 
 FEATHER = 2.0
-"""Model pixels over which an exact edit fades in from the border of the changed area."""
+"""Model pixels around the changed area over which an exact edit fades out. Inside it is seen whole: an outline of what
+was removed would catch the eye."""
 
 _BAND_PIXELS = 500_000  # input pixels held at once as float32: about 60 MB with all fields
 
@@ -48,8 +49,8 @@ def preserve(
         original: the input: a `LoadedImage`, an RGB image, or an array (H, W, 3) of uint8 or uint16.
         edited: the edit as the model made it, of the input's size.
         change: the change map of the edit.
-        mode: "exact": outside the changed area (and one model pixel around it) the output is the input, bit for bit.
-            A global edit has no outside. "blend": fades from edit to input by how surely a pixel changed.
+        mode: "exact": outside the changed area and FEATHER model pixels around it the output is the input, bit for
+            bit. A global edit has no outside. "blend": fades from edit to input by how surely a pixel changed.
             "off": the edit as it is.
         strength: from 0, the edit as it is, to 1, the mode in full; between, the input shines through the edit's
             untouched parts in that proportion.
@@ -93,12 +94,20 @@ def opacity(change: ChangeMap, mode: Mode = "exact", strength: float = 1.0) -> n
     if mode == "blend":
         shown = ndimage.gaussian_filter(np.maximum(change.soft_HW, changed), FEATHER / 2)
         shown[shown < 1 / 255] = 0
+    elif changed.any():
+        shown = np.maximum(1 - ndimage.distance_transform_edt(~changed) / FEATHER, 0)
     else:
-        padded = np.pad(changed, 1, mode="edge")  # the edge of the picture is no border of the change
-        depth = ndimage.distance_transform_edt(np.pad(padded, int(FEATHER), mode="edge"))
-        edge = int(FEATHER) + 1
-        shown = np.minimum(depth[edge:-edge, edge:-edge] / FEATHER, 1) if not changed.all() else np.ones(changed.shape)
+        shown = np.zeros(changed.shape)
     return (1 - strength * (1 - shown)).astype(np.float32)
+
+
+def reach(change: ChangeMap, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of an input of `size` (width, height) that an exact edit may change: bool (H, W)."""
+    if change.orientation != "same":
+        return np.ones(size[::-1], bool)
+    shown = opacity(change)
+    enlarge = _Enlarge(shown.shape, size[::-1], cubic=False)
+    return enlarge(shown[..., None], slice(None), slice(None))[..., 0] > 0
 
 
 # ---------------------------------------------------------------- at the input's resolution
