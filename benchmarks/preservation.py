@@ -30,13 +30,12 @@ from skimage.metrics import structural_similarity
 
 from varedit import quantizer
 from varedit.data.synthetic import World
-from varedit.editing.change_map import Calibration, ChangeMap, calibrate, change_map, difference
+from varedit.editing.change_map import Calibration, ChangeMap, change_map
 from varedit.editing.edit import EditRequest, Settings, apply_edits, result_canvas
 from varedit.editing.preserve import preserve
 from varedit.editing.weights import identify
 from varedit.image_processor import load_image, prepare, to_pil
 from varedit.pipeline import VAREditPipeline, load_pipeline
-from varedit.scales import nearest_schedule
 
 MODEL_SIZE, LARGE_SIZE = 128, 512
 RATIOS = (1.0, 0.75, 1.333)  # height over width

@@ -189,12 +189,16 @@ def main(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     peak = next((value for name, value in PEAK_TFLOPS.items() if name in device), None)
     threads = "" if torch.cuda.is_available() else f", {torch.get_num_threads()} threads"
+    shared = (
+        "" if torch.cuda.is_available() else " Other work may share the machine: a CPU-second is what this had of it."
+    )
     against = f" Utilisation is against {peak} TFLOP/s." if peak else ""
     lines = [
         f"# One training step: {size} pixels, batch {batch_size}, {precision}",
         "",
         f"{device}{threads}, PyTorch {torch.__version__}. Median of {repeats}, without the data. FLOPs are those that "
-        f"forward and backward need, attention only where the masks let it through.{against}",
+        f"forward and backward need, attention only where the masks let it through.{against} Estimated GiB are of "
+        f"`varedit train --dry-run`: without Python and its libraries, and without the image tokenizer's pass.{shared}",
         "",
         *table(rows, batch_size, peak),
     ]

@@ -103,8 +103,7 @@ def test_the_identity_copy_is_learned(tmp_path):
             found.append(mean_accuracy(training.validate(batch)["accuracy"]))
             batch.source_B3HW = batch.source_B3HW.roll(1, 0)  # another picture's source
             misled.append(mean_accuracy(training.validate(batch)["accuracy"]))
-    print("COPY", mean_accuracy(rows[-1]["accuracy"]), np.mean(found), np.mean(misled))
-    assert np.mean(found) > 0.85 and np.mean(found) - np.mean(misled) > 0.1, (found, misled)
+    assert np.mean(found) > 0.85 and np.mean(misled) < 0.65, (found, misled)
 
 
 def mean_accuracy(accuracy) -> float:
@@ -131,5 +130,4 @@ def test_one_recolour_edit_is_learned(tmp_path):
         )
         error, way = np.abs(result - target).mean(), np.abs(source - target).mean()
         succeeded.append(error < np.abs(result - source).mean() and error <= way / 2)
-    print("SUCCESS", np.mean(succeeded))
     assert np.mean(succeeded) > 0.9

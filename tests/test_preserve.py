@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
+from scipy import ndimage
 from test_change_map import calibration, compare, ellipse, photos, recoloured, with_object
 
 from varedit.editing.change_map import change_map
-from varedit.editing.preserve import _Enlarge, opacity, preserve
+from varedit.editing.preserve import FEATHER, _Enlarge, opacity, preserve
 from varedit.image_processor import load_image, to_pil
 
 SIDE = 900
@@ -28,10 +29,11 @@ def psnr(image, truth) -> float:
 
 
 def reach(change, size) -> np.ndarray:
-    """What an exact edit may touch: the changed area and one model pixel around it, at the input's size."""
+    """What an exact edit may touch: the changed area and the feather around it, at the input's size."""
     enlarge = _Enlarge(change.hard_HW.shape, (size[1], size[0]), cubic=False)
     rows, columns = slice(0, size[1]), slice(0, size[0])
-    return enlarge(change.hard_HW[..., None].astype(np.float32), rows, columns)[..., 0] > 0
+    near = ndimage.distance_transform_edt(~change.hard_HW) < FEATHER
+    return enlarge(near[..., None].astype(np.float32), rows, columns)[..., 0] > 0
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -45,7 +47,9 @@ def test_exact_keeps_every_pixel_outside_and_beats_the_enlargement(index, make):
     assert change.kind == "local" and outside.mean() > 0.7
     assert same[outside].all()
     assert psnr(output, make(source)) > psnr(edited, make(source)) + 5
-    assert opacity(change)[~change.hard_HW].max() == 0
+    shown = opacity(change)
+    assert (shown[change.hard_HW] == 1).all()
+    assert shown[ndimage.distance_transform_edt(~change.hard_HW) >= FEATHER].max() == 0
 
 
 def test_a_do_nothing_edit_gives_the_input_bit_for_bit():

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from varedit.editing.difference import LOW_SHARE, SMOOTHING, Calibration, Difference, difference, rms, smoothed
+from varedit.editing.difference import HIGH_SHARE, SMOOTHING, Calibration, Difference, difference, rms, smoothed
 from varedit.editing.edit_kind import ORIENTATIONS, Kind, Orientation, classify
 
 __all__ = ["ORIENTATIONS", "Calibration", "ChangeMap", "calibrate", "change_map", "difference"]
@@ -24,11 +24,14 @@ SMALLEST = 0.15
 SEED_WEIGHT = 1.0
 """Evidence above `log(low)` that a change must have, summed over its pixels, in cells: a faint change must be large."""
 
-NEAR_SHARE = 0.73
-"""Within NEAR_REACH of a change, a score of this share of `low` is enough: its faint border, the rest of its object."""
+SPILL, SPILL_REACH = 6.0, 1.25
+"""A score this many times weaker than one within so many cells is that one's spill through the decoder, no change."""
 
-NEAR_REACH = 0.5
-"""Cells."""
+NEAR_SHARE, NEAR_REACH = 0.6, 0.75
+"""Within so many cells of a change, this share of `low` is enough: its faint border, the rest of its object."""
+
+MARGIN = 1.15
+"""Factor on the thresholds that silence the do-nothing edits of a calibration: others are noisier."""
 
 MAX_HOLE = 0.02
 """Unchanged islands inside a change are filled up to this share of the frame; larger ones are real (a ring)."""
@@ -152,14 +155,14 @@ def _thresholds(
     differences: Sequence[Difference], kept: Sequence[np.ndarray], base: Calibration, false_alarm: float
 ) -> dict[str, float]:
     """The lowest `low` and `high` at which no more than `false_alarm` of the edits show a change."""
-    least, most = np.log(1.5), np.log(60)
+    least, most = np.log(1.2), np.log(60)
     for _ in range(8):
         low = float(np.exp((least + most) / 2))
-        trial = replace(base, low=low, high=low / LOW_SHARE)
+        trial = replace(base, low=low, high=low * HIGH_SHARE)
         found = [(extent(d.evidence(trial), trial, d.cell) & keep).any() for d, keep in zip(differences, kept)]
         least, most = (np.log(low), most) if np.mean(found) > false_alarm else (least, np.log(low))
-    low = float(np.exp(most))
-    return {"low": low, "high": low / LOW_SHARE}
+    low = MARGIN * float(np.exp(most))
+    return {"low": low, "high": low * HIGH_SHARE}
 
 
 # ---------------------------------------------------------------- the map
@@ -228,7 +231,9 @@ def extent(evidence_HW: np.ndarray, calibration: Calibration, cell: float) -> np
         bool (H, W); no speckle, small holes filled.
     """
     low, high = np.log(calibration.low), np.log(calibration.high)
-    labels, count = ndimage.label(evidence_HW >= low, np.ones((3, 3)))
+    strongest = ndimage.maximum_filter(ndimage.uniform_filter(evidence_HW, 3), 2 * round(SPILL_REACH * cell) + 1)
+    is_spill = evidence_HW < strongest - np.log(SPILL)
+    labels, count = ndimage.label((evidence_HW >= low) & ~is_spill, np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     weights = np.bincount(labels.ravel(), np.maximum(evidence_HW - low, 0).ravel(), count + 1)
     seeds = np.bincount(labels[evidence_HW >= high], minlength=count + 1)
@@ -238,7 +243,8 @@ def extent(evidence_HW: np.ndarray, calibration: Calibration, cell: float) -> np
     if not hard.any() or hard.mean() > MOSTLY:
         return _fill(hard, SMALLEST * cell**2)
     near = ndimage.distance_transform_edt(~hard) <= NEAR_REACH * cell
-    labels, count = ndimage.label(hard | (near & (evidence_HW >= low + np.log(NEAR_SHARE))), np.ones((3, 3)))
+    near &= (evidence_HW >= low + np.log(NEAR_SHARE)) & ~is_spill
+    labels, count = ndimage.label(hard | near, np.ones((3, 3)))
     keep = np.bincount(labels[hard], minlength=count + 1) > 0
     return _fill(keep[labels], MAX_HOLE * hard.size)
 

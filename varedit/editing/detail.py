@@ -119,8 +119,12 @@ def _gains(
     trust: np.ndarray,
     noise: float,
     cell: float,
-) -> np.ndarray:
-    """float32 (H, W, 3, 3): the gain of the source's detail, starting from that of the change of tone."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much of the source's detail goes on, starting from the gain of the tone.
+
+    Returns:
+        The gain, float32 (H, W, 3, 3), and how much of the finest detail the edit left, 0 to 1.
+    """
     changed = labels > 0
     ridge = noise * (1 + TRUSTED_RIDGE * trust)
     gain = _refined(gain, _finer(source, TONE), _finer(result, TONE), changed, TONE, 4 * ridge)
@@ -177,6 +181,8 @@ def _refined(
 def _explained(rest: np.ndarray, energy: np.ndarray, noise: float) -> np.ndarray:
     """Share of the result's detail that is neither noise nor new, in [0, 1]."""
     return 1 - np.clip((rest - noise) / np.maximum(energy, noise), 0, 1)
+
+
 def _settle(result: np.ndarray, expected: np.ndarray, labels: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """The result without decoding noise: what was expected plus an offset as smooth as the result allows.
 

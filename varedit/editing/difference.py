@@ -6,8 +6,7 @@ is the decoder's spill, not an edit. Either sees changes that the other can hard
 far more than each. Everything is in the model's pixels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,11 +31,11 @@ GUIDE_RADIUS = 0.4
 GUIDE_CONTRAST = 10.0
 """Levels: an edge of the source or the result of more contrast than this stops the averaging."""
 
-EVIDENCE_RANGE = (-1.25, 2.2)
+EVIDENCE_RANGE = (-1.25, 3.2)
 """Evidence beyond these, from `log(low)`, counts as this much: one strong pixel does not carry its neighbours."""
 
-LOW_SHARE = 0.55
-"""`Calibration.low` as a share of `high`."""
+HIGH_SHARE = 1.5
+"""`Calibration.high` as a multiple of `low`."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class Calibration:
     floor: float = 3.0
     slope: float = 4.0
     token: float = 0.75
-    high: float = 16.5
-    low: float = 9.0
+    high: float = 12.0
+    low: float = 8.0
 
     def __post_init__(self) -> None:
         if not (self.floor > 0 <= min(self.slope, self.token) and 0 < self.low <= self.high):
@@ -98,7 +97,11 @@ class Difference:
         evidence_HW = np.clip(np.log(score_HW), base + EVIDENCE_RANGE[0], base + EVIDENCE_RANGE[1])
         radius = max(1, round(GUIDE_RADIUS * self.cell))
         guided = [guided_mean(evidence_HW, guide, radius) for guide in (self.source_HW3, self.result_HW3)]
-        return (sum(guided) / 2).astype(np.float32)
+        evidence_HW = (guided[0] + guided[1]) / 2
+        if calibration.token:  # equal bits near and far have equal decodings
+            reach = 2 * round(self.cell) + 1
+            evidence_HW[ndimage.maximum_filter(self.token_HW, reach) == 0] = base + EVIDENCE_RANGE[0]
+        return evidence_HW.astype(np.float32)
 
 
 def guided_mean(values_HW: np.ndarray, guide_HW3: np.ndarray, radius: int) -> np.ndarray:

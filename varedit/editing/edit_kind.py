@@ -71,19 +71,23 @@ class Evidence:
     @property
     def is_tone(self) -> bool:
         """One colour transform of the whole picture."""
-        if self.shift >= 1.5 and self.follows >= 0.55 and (self.inside >= 0.4 or self.area < 0.03):
-            return True
-        if self.consistent < 0.7 or self.spread < 0.6:
+        if self.structure_lost < 0.6:
+            if self.shift >= 2.3 and self.follows >= 0.78:
+                return True
+            if self.shift >= 1.25 and self.follows >= 0.55 and (self.inside >= 0.5 or self.area < 0.04):
+                return True
+        if self.consistent < 0.7 or self.inside < 0.4 or self.spread < 0.6:
             return False
-        if self.area >= 0.97:  # no outside to ask, and flat pictures have no layout to lose
-            return True
+        if self.area >= 0.97:  # no outside to ask, and flat pictures have little layout to lose
+            return self.structure_lost < 0.9
         return self.structure_lost < 0.6 and (self.area >= 0.85 or self.consistent_outside >= 0.8)
 
     @property
     def is_filter(self) -> bool:
         """A change of detail everywhere: blur, sharpen, pixelate."""
         redrawn = max(self.weaker, self.stronger)
-        return (self.fine >= 0.78 and self.spread >= 0.2) or (self.fine >= 0.55 and redrawn >= 0.7)
+        in_places = self.fine >= 0.78 and self.spread >= 0.2 and redrawn >= 0.2
+        return in_places or (self.fine >= 0.65 and redrawn >= 0.5) or (self.fine >= 0.55 and redrawn >= 0.7)
 
     @property
     def is_style(self) -> bool:
@@ -132,6 +136,8 @@ def measure(diff: Difference, hard_HW: np.ndarray, calibration: Calibration) -> 
 
 def classify(diff: Difference, hard_HW: np.ndarray, calibration: Calibration) -> tuple[Kind, Orientation]:
     """The kind of a change, and the orientation of the result. `hard_HW` is the changed area, bool (H, W)."""
+    if calibration.token and not diff.token_HW.any():
+        return "none", "same"  # the same bits
     found, best = measure(diff, hard_HW, calibration)
     if best != "same" and found.structure_lost > 2 and hard_HW.any():
         return "global", best
