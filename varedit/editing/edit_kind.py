@@ -71,10 +71,10 @@ class Evidence:
     @property
     def is_tone(self) -> bool:
         """One colour transform of the whole picture."""
-        if self.structure_lost < 0.6:
-            if self.shift >= 2.3 and self.follows >= 0.78:
-                return True
-            if self.shift >= 1.25 and self.follows >= 0.55 and (self.inside >= 0.5 or self.area < 0.04):
+        if self.structure_lost < 0.75 and self.shift >= 2.3 and self.follows >= 0.78:
+            return True
+        if self.structure_lost < 0.6 and self.shift >= 1.25 and self.follows >= 0.55:
+            if self.inside >= 0.5 or self.area < 0.04:
                 return True
         if self.consistent < 0.7 or self.inside < 0.4 or self.spread < 0.6:
             return False
