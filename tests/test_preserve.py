@@ -5,7 +5,7 @@ from scipy import ndimage
 from test_change_map import calibration, compare, ellipse, photos, recoloured, with_object
 
 from varedit.editing.change_map import change_map
-from varedit.editing.preserve import FEATHER, _Enlarge, opacity, preserve
+from varedit.editing.preserve import FEATHER, _Enlarge, opacity, preserve, reach
 from varedit.image_processor import load_image, to_pil
 
 SIDE = 900
@@ -26,14 +26,6 @@ def edit(source: Image.Image, target: Image.Image, seed: int = 5):
 def psnr(image, truth) -> float:
     error = np.square(np.asarray(image, float) - np.asarray(truth, float)).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
-
-
-def reach(change, size) -> np.ndarray:
-    """What an exact edit may touch: the changed area and the feather around it, at the input's size."""
-    enlarge = _Enlarge(change.hard_HW.shape, (size[1], size[0]), cubic=False)
-    rows, columns = slice(0, size[1]), slice(0, size[0])
-    near = ndimage.distance_transform_edt(~change.hard_HW) < FEATHER
-    return enlarge(near[..., None].astype(np.float32), rows, columns)[..., 0] > 0
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -85,12 +77,44 @@ def test_a_mirrored_picture_is_the_input_mirrored(turn):
     assert np.array_equal(preserve(source, edited, change), turn(source))
 
 
-def test_a_blurred_picture_does_not_get_its_detail_back():
+def fine(image) -> np.ndarray:
+    """What is finer than a model can show at 128 pixels, gray levels."""
+    gray = np.asarray(image.convert("L"), float)
+    return gray - ndimage.gaussian_filter(gray, SIDE / 128)
+
+
+def pixelated(image: Image.Image) -> Image.Image:
+    return image.resize((16, 10), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+
+
+@pytest.mark.parametrize("destroy", [lambda image: image.filter(ImageFilter.GaussianBlur(SIDE * 0.022)), pixelated])
+def test_detail_that_the_edit_destroyed_does_not_come_back(destroy):
     source = large(1)
-    blurred = source.filter(ImageFilter.GaussianBlur(SIDE * 0.022))
-    edited, change = edit(source, blurred)
+    edited, change = edit(source, destroy(source))
     output = preserve(source, edited, change)
-    assert psnr(output, blurred) > psnr(edited, blurred) - 0.5
+    assert psnr(output, destroy(source)) > psnr(edited, destroy(source)) - 0.3
+    ghost = (fine(output) * fine(source)).mean() / np.square(fine(source)).mean()
+    assert change.kind == "global" and abs(ghost) < 0.03
+
+
+def test_black_and_white_keeps_no_tint():
+    source = large(1)
+    gray = source.convert("L").convert("RGB")
+    edited, change = edit(source, gray)
+    output = preserve(source, edited, change)
+    tint, noise = (np.ptp(np.asarray(image, int), axis=-1) for image in (output, edited))
+    assert np.mean(np.ptp(np.asarray(source, int), axis=-1)) > 100  # there is colour to lose
+    assert tint.mean() < 0.6 * noise.mean() < 7 and np.mean(tint > 12) < 0.05
+    assert psnr(output, gray) > psnr(edited, gray) + 12
+
+
+def test_what_was_removed_leaves_no_ghost():
+    plain = Image.new("RGB", (SIDE, SIDE), (120, 160, 90))
+    source = with_object(plain)
+    edited, change = edit(source, plain)
+    left = np.abs(np.asarray(preserve(source, edited, change), int) - np.asarray(plain)).max(-1)[ellipse(plain)]
+    assert change.kind == "local"
+    assert left.mean() < 6 and np.mean(left > 30) < 0.01  # the object differs by 130
 
 
 def test_off_and_strength():
