@@ -1,7 +1,7 @@
 """The paper's central claim at a size that anyone can afford: how the source is shown to the target, and where it sits.
 
     python recipes/ablation_tiny.py --run RUN          # all runs that are not finished yet, then docs/ablation.md
-    python recipes/ablation_tiny.py --run RUN --only finest,sar-1 --seeds 3
+    python recipes/ablation_tiny.py --run RUN --only finest,sar-1 --seeds 0,1,2
 
 Every run has the same pairs in the same order, the same first weights, flips and dropouts (all functions of seed and
 step), and the same number of steps; only the arguments of `VARIANTS` differ. Pairs are drawn scenes of shapes and
@@ -155,7 +155,7 @@ def new_transformer(arguments: dict, settings: Settings, seed: int) -> VAREditTr
     arguments = dict(arguments)
     if arguments.get("num_aligned_blocks") == ALL:
         arguments["num_aligned_blocks"] = settings.depth
-    sizes = {"width": settings.width, "num_blocks": settings.depth, "num_heads": settings.width // 32}
+    sizes = {"width": settings.width, "num_blocks": settings.depth, "num_heads": settings.width // 64}
     torch.manual_seed(seed)
     model = VAREditTransformer(**EDITOR | sizes | {"num_text_heads": sizes["num_heads"]} | arguments)
     model.initialize()
@@ -291,11 +291,11 @@ def do_run(run: Path, variant: str, seed: int, settings: Settings, companions: V
 def main(
     run: Annotated[Path, typer.Option(help="Folder of the results; finished runs in it are skipped.")],
     only: Annotated[str | None, typer.Option(help=f"Comma list of {', '.join(VARIANTS)}.")] = None,
-    seeds: int = 2,
-    steps: int = 800,
+    seeds: Annotated[str, typer.Option(help="Comma list; a run is a seed of a variant.")] = "0,1",
+    steps: int = 1000,
     pairs: int = 12_000,
     cases: int = 200,
-    width: int = 192,
+    width: int = 128,
     depth: int = 6,
     batch_size: int = 16,
     guidance_scale: float = 2.0,
@@ -305,11 +305,14 @@ def main(
     unknown = [variant for variant in variants if variant not in VARIANTS]
     if unknown:
         raise typer.BadParameter(f"variant {unknown[0]!r} is unknown; use {', '.join(VARIANTS)}")
+    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+        raise typer.BadParameter(f"seeds {seeds!r} is not a comma list of numbers such as 0,1")
+    numbers = [int(seed) for seed in seeds.split(",")]
     settings = Settings(steps, pairs, cases, width, depth, batch_size, guidance_scale)
     run.mkdir(parents=True, exist_ok=True)
     companions = load_model(None, "cpu", None)
     # Seed by seed, so that what is done at any moment compares.
-    paths = [do_run(run, variant, seed, settings, companions) for seed in range(seeds) for variant in variants]
+    paths = [do_run(run, variant, seed, settings, companions) for seed in numbers for variant in variants]
     if report is not None:
         write_report(paths, report)
 

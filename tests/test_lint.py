@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varedit.data.alignment import find_motion
+from varedit.alignment import find_motion
 from varedit.data.faults import Skipped
 from varedit.data.lint import CHECKS, Duplicates, LintOptions, lint
 from varedit.data.lint_report import write_html, write_json

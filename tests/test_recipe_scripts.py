@@ -170,7 +170,7 @@ def test_the_ablation_runs_resumes_and_reports(tmp_path):
     page.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
     sizes = {name: value for name, value in vars(SETTINGS).items() if name != "edit_weight"}
     only = "finest,sar-1,offset,fixed_offset"
-    ablation_tiny.main(run, only=only, seeds=1, report=page, **sizes)
+    ablation_tiny.main(run, only=only, seeds="0", report=page, **sizes)
     files = {path: path.stat().st_mtime_ns for path in run.glob("*.json")}
     assert len(files) == 4
     found = {path.stem: json.loads(path.read_text()) for path in files}
@@ -182,14 +182,14 @@ def test_the_ablation_runs_resumes_and_reports(tmp_path):
     assert text.count("| sar-1 |") == 2 and "| less sar-1 |" in text and "| less fixed_offset |" in text
     assert (tmp_path / "images" / "page.png").is_file()
     # Nothing is done twice, and another setting does not mix with what is there.
-    ablation_tiny.main(run, only=only, seeds=1, report=None, **sizes)
+    ablation_tiny.main(run, only=only, seeds="0", report=None, **sizes)
     assert {path: path.stat().st_mtime_ns for path in run.glob("*.json")} == files
     with pytest.raises(ValueError, match="other settings"):
-        ablation_tiny.main(run, only=only, seeds=1, report=None, **sizes | {"steps": 3})
+        ablation_tiny.main(run, only=only, seeds="0", report=None, **sizes | {"steps": 3})
     # A run made again is the same run.
     before = found["finest-0"]
     (run / "finest-0.json").unlink()
-    ablation_tiny.main(run, only=only, seeds=1, report=None, **sizes)
+    ablation_tiny.main(run, only=only, seeds="0", report=None, **sizes)
     again = json.loads((run / "finest-0.json").read_text())
     assert again["rows"] == before["rows"] and again["train"]["losses"] == before["train"]["losses"]
 

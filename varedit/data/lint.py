@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from varedit.data.alignment import find_motion
+from varedit.alignment import find_motion
 from varedit.data.faults import FAULTS, FaultError, Skipped, pixels_of
 from varedit.data.record import Record
 from varedit.data.wording import contradiction, foreign, is_empty

@@ -1,7 +1,7 @@
 """Alignment: did the model move the picture as a whole, and if so, put it back.
 
 Editors tend to shift or zoom the whole picture a little while they edit part of it. Source and result as the decoder
-shows them are compared in tiles; what the edit left unchanged tells one motion (`data.alignment.find_motion`, which
+shows them are compared in tiles; what the edit left unchanged tells one motion (`alignment.find_motion`, which
 also states from where on a motion is real: 0.7 pixels where the longer side has 256). All unchanged pixels together
 then tell it to a fraction of a pixel.
 """
@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from varedit.data.alignment import Motion, find_motion
+from varedit.alignment import Motion, find_motion
 from varedit.image_processor import Prepared, to_pil
 
 NUM_REFINEMENTS = 8

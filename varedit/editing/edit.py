@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from varedit import quantizer, sixteen_bit
-from varedit.data.alignment import Motion
+from varedit.alignment import Motion
 from varedit.editing.align import find_slip, in_source_pixels, put_back
 from varedit.editing.change_map import Calibration, ChangeMap, change_map
 from varedit.editing.crop import Box, crop_box, cut, place_map, stitch
