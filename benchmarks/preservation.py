@@ -1,14 +1,12 @@
 """What preservation keeps and what it cuts off, on procedural pairs with known masks.
 
     python benchmarks/preservation.py --objects DIR --photos DIR --output benchmarks/results/preservation.md
-    python benchmarks/preservation.py --objects DIR --photos DIR --seed 11 --calibrate
-    python benchmarks/preservation.py --objects DIR --photos DIR --sheet out/preservation
+    python benchmarks/preservation.py --objects DIR --photos DIR --sheets out/preservation
 
 Held-out pairs are drawn at four times the model's size (every fourth at the model's own), and two kinds of edit go
 through the change map and preservation: the model's own ("model"), and the true target through the image tokenizer with
 as many wrong bits as the model makes in unchanged places ("oracle": a model that does what it is asked). Edits are
-cached in --cache by model, so that a second run measures only. --calibrate prints the `Calibration` for the model;
-do it on another --seed than the one reported.
+cached in --cache by model, so that a second run measures only.
 """
 
 import hashlib
@@ -254,13 +252,15 @@ def local_scores(case: Case, edited: np.ndarray, output: np.ndarray, change: Cha
 
     Returns:
         iou: of the map with the true mask, model pixels. outside, same: pixels outside the true mask, and how many of
-        them are the input's own. far, same_far: outside the mask grown by the footprint of one code. lost: share of the
-        edit's energy |target - source| that lies outside the map. seam, step: see `seam`.
+        them are the input's own. far, same_far: outside the mask grown by the footprint of one code. border: outside it
+        by at most one model pixel. lost: share of the edit's energy |target - source| that lies outside the map. seam,
+        step: see `seam`.
     """
     height, width = case.mask.shape
     small = change.hard_HW.shape
     found = np.ones(small, bool) if change.kind == "global" else change.hard_HW
     truth = resize_mask(case.mask, small)
+    around = ndimage.distance_transform_edt(~case.mask)
     far = ~resize_mask(grow(truth | resize_mask(case.mask, small, any_pixel=True), CODE_REACH), (height, width))
     same = (output == case.source).all(-1)
     energy = np.abs(case.target.astype(float) - case.source).sum(-1)
@@ -271,6 +271,7 @@ def local_scores(case: Case, edited: np.ndarray, output: np.ndarray, change: Cha
         "same": int(same[~case.mask].sum()),
         "far": int(far.sum()),
         "same_far": int(same[far].sum()),
+        "border": int(((around > 0) & (around <= height / small[0])).sum()),
         "lost": float(energy[~inside].sum() / energy.sum()),
         **seam(case.source, edited, output, inside, height / small[0]),
     }
@@ -359,6 +360,18 @@ def local_table(rows: dict[str, list[dict]]) -> list[str]:
     )
 
 
+def border_line(rows: list[dict]) -> list[str]:
+    """What a map that is one model pixel too wide all round would cost."""
+    part = [row for row in rows if not row["whole"] and row["kind"] != "background"]
+    share = sum(row["border"] for row in part) / max(sum(row["outside"] for row in part), 1)
+    return [
+        f"One model pixel around the true masks is {100 * share:.2f} % of what lies outside them (without new "
+        f"backgrounds). *Far outside*: more than {CODE_REACH} model pixels, one code's reach, away. *Cut off*: more "
+        f"than {100 * CUT_OFF:.0f} % of the edit's energy lies outside the map.",
+        "",
+    ]
+
+
 def confusion_table(rows: dict[str, list[dict]]) -> list[str]:
     body = []
     for editor, all_rows in rows.items():
@@ -435,6 +448,7 @@ def main(
         f"# Preservation: {cases} held-out pairs, seed {seed}, model {sha256[:12]}",
         "",
         *local_table(rows),
+        *border_line(rows["oracle"]),
         *confusion_table(rows),
         *global_table(rows),
     ]

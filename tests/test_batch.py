@@ -142,6 +142,7 @@ def test_a_folder_is_its_pictures(pictures):
         ("a.jsonl", '{"image": "a.png", "instruction": " "}', "is empty"),
         ("a.jsonl", '{"image": 3, "instruction": "x"}', "image 3"),
         ("a.jsonl", '{"image": "a.png", "instruction": "x", "seed": "many"}', "many"),
+        ("a.jsonl", '{"image": "a\\u0000.png", "instruction": "x"}', "null character"),
         ("a.jsonl", '{"image": "a.png", "instruction": "x", "seed": 1.5}', "1.5"),
         ("a.jsonl", '{"image": "a.png", "instruction": "x", "seed": -1}', "-1"),
         ("a.jsonl", '{"image": "a.png", "instruction": "x", "output": "../b.png"}', r"\.\./b.png"),
@@ -163,9 +164,17 @@ def test_unusable_lists_are_named(name, content, named, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_columns_not_used_are_named_once(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("image,instruction,author\na.png,x,me\nb.png,x,me\n")
+    assert len(read_jobs(tmp_path / "a.csv")) == 2
+    assert [record.getMessage() for record in caplog.records] == ["a.csv: columns not used: author"]
+
+
 def test_lists_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_jobs(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_jobs(tmp_path / ("a" * 300 + ".csv"))
     with pytest.raises(ValueError, match="--instruction"):
         read_jobs(tmp_path)
     with pytest.raises(ValueError, match="nothing to do"):
@@ -249,9 +258,46 @@ def test_what_is_there_is_kept(finished, jobs, options, tmp_path, model):
             prepare_output(mine.parent, jobs, options, resume=resume)
     assert mine.read_bytes() == b"mine"
     assert len(prepare_output(mine.parent, jobs, replace(options, overwrite=True))) == len(jobs)
-    (tmp_path / "out" / RESULTS).write_text('{"output": 1}\n')
-    with pytest.raises(ValueError, match="line 1 is damaged"):
-        prepare_output(tmp_path / "out", jobs, options, resume=True)
+    for damaged in ('{"output": 1}', '{"output": [], "status": "ok", "settings": {}, "model": ""}', "\xff"):
+        (tmp_path / "out" / RESULTS).write_bytes(damaged.encode("latin-1") + b"\n")
+        with pytest.raises(ValueError, match="line 1 is damaged"):
+            prepare_output(tmp_path / "out", jobs, options, resume=True)
+    with pytest.raises(ValueError, match="File name too long: .*aaa"):
+        prepare_output(tmp_path / "new", [replace(jobs[0], output="a" * 300 + ".png")], options)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        ("model_index.json", {"guidance_scale": 1.5}, "other settings"),
+        ("transformer/config.json", {"position_layout": "fixed_offset"}, "another model"),
+    ],
+)
+def test_a_model_changed_meanwhile_is_noticed(file, values, named, finished, jobs, options, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    options = replace(options, model=str(tmp_path / "model"))
+    assert len(prepare_output(finished, jobs, options, resume=True)) == 2
+    config = tmp_path / "model" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    with pytest.raises(ValueError, match=named):
+        prepare_output(finished, jobs, options, resume=True)
+    # An earlier version recorded what was asked, and weights only.
+    shutil.copytree(finished, tmp_path / "out")
+    asked = {"settings": options.settings.to_json()}
+    records = [record | asked for record in read_results(finished)]
+    for record in records:
+        record.pop("configs", None)
+    (tmp_path / "out" / RESULTS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert len(prepare_output(tmp_path / "out", jobs, options, resume=True)) == 2
+
+
+def test_a_disk_full_at_the_record_is_named(jobs, options, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"results\.jsonl' cannot be written \(No space left on device\).*--resume"):
+        run_batch(jobs[:1], tmp_path, options)
 
 
 def test_a_batch_that_replaces_can_be_resumed(finished, jobs, singles, options, tmp_path):

@@ -46,6 +46,33 @@ def test_an_edit_with_a_box_says_what_it_did_and_is_replayed(varedit, model, tmp
     assert (manifest.settings.crop, manifest.settings.lock) == ("off", "two-pass")
 
 
+def test_box_polygon_and_transparent_mask_name_the_same_area(varedit, model, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(values).save(tmp_path / "small.png")
+    hole = np.full((60, 90, 4), 255, np.uint8)
+    hole[10:31, 20:51, 3] = 0
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    areas = {
+        "box": ["--box=20,10,31,21"],
+        "polygon": ["--polygon=20,10 50,10 50,30 20,30"],
+        "mask": ["--mask", tmp_path / "hole.png", "--mask-convention=transparent"],
+    }
+    edited = {}
+    for name, area in areas.items():
+        edit = ["edit", tmp_path / "small.png", "blur", "--seed=3", "--strength=0.5", *model]
+        assert varedit(*edit, *area, "-o", tmp_path / f"{name}.png").code == 0
+        edited[name] = np.asarray(load_image(tmp_path / f"{name}.png").rgb)
+        assert read_manifest(tmp_path / f"{name}.png").settings.strength == 0.5
+    assert np.array_equal(edited["box"], edited["polygon"]) and np.array_equal(edited["box"], edited["mask"])
+    assert (edited["box"] != values).any()
+
+
+def test_an_edit_that_changed_nothing_says_so(varedit, model, tmp_path):
+    Image.new("RGB", (200, 10), "gray").save(tmp_path / "wide.png")
+    ran = varedit("edit", tmp_path / "wide.png", "blur", "--seed=1", "--box=0,0,1,1", *model)
+    assert ran.code == 0 and "\nno change; changed by 0.0 of 255 levels" in ran.out
+
+
 def test_without_a_manifest_there_is_none(varedit, model, photo, tmp_path):
     for name in ("a.png", "a.tiff"):
         assert varedit("edit", photo, "blur", "--seed=3", "-o", tmp_path / name, "--no-manifest", *model).code == 0
@@ -75,6 +102,11 @@ def test_edit_refuses_before_the_model_is_loaded(varedit, photo, tmp_path):
     varedit(*edit, "--mask", tmp_path / "empty.png").assert_refused("empty")
     varedit(*edit, "--mask", tmp_path / "none.png").assert_refused("none.png", "does not exist")
     varedit(*edit, "--mask", tmp_path / "tall.png", "--box=1,1,2,2").assert_refused("--mask and --box")
+    varedit(*edit, "--box=1,1,2,2", "--polygon=1,1 9,1 5,9").assert_refused("--box and --polygon")
+    varedit(*edit, "--polygon=1,1 9,1").assert_refused("2 points")
+    varedit(*edit, "--mask-convention=transparent").assert_refused("--mask-convention transparent", "--mask")
+    varedit(*edit, "--strength=2").assert_refused("2.0", "between 0 and 1")
+    varedit(*edit, "--strength=0.5", "--preserve=off").assert_refused("0.5", "preserve off")
     varedit(*edit, "--box=10,10,5").assert_refused("10,10,5", "X,Y,WIDTH,HEIGHT")
     varedit(*edit, "--box=10,10,5,-1").assert_refused("10,10,5,-1")
     varedit(*edit, "--box=1,1,9,9", "--mask-margin=-1").assert_refused("-1")
@@ -84,6 +116,12 @@ def test_edit_refuses_before_the_model_is_loaded(varedit, photo, tmp_path):
     varedit(*edit, "--preserve=off", "--change-map", tmp_path / "map.png").assert_refused("--change-map")
     same = tmp_path / "same.png"
     varedit(*edit, "-o", same, "--change-map", same).assert_refused("same.png", "two files")
+    around = tmp_path / ".." / tmp_path.name / "same.png"
+    varedit(*edit, "-o", same, "--change-map", around).assert_refused("same.png", "two files")
+    varedit(*edit, "--change-map", photo, "--overwrite").assert_refused("photo.png", "is an input")
+    varedit(*edit, "-o", tmp_path / ("a" * 300 + ".png")).assert_refused("aaa.png")
+    varedit(*edit, "--best-of=0").assert_refused("best of 0", "64")
+    varedit(*edit, "--box=inf,1,2,2").assert_refused("inf,1,2,2", "X,Y,WIDTH,HEIGHT")
     (tmp_path / "a.tiff.varedit.json").write_text("precious")
     varedit(*edit, "-o", tmp_path / "a.tiff").assert_refused("a.tiff.varedit.json", "exists already")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -123,6 +161,9 @@ def test_a_session_from_new_to_export(varedit, model, photo, tmp_path):
     assert ran.code == 0, ran.out
     varedit("session", "export", folder, tmp_path / "out.png").assert_refused("exists already")
     varedit("session", "export", folder, tmp_path / "b.png", "--step=9").assert_refused("no step 9")
+    for inside in ("original.png", "steps/0001/result.png"):
+        ran = varedit("session", "export", folder, folder / inside, "--overwrite")
+        ran.assert_refused(inside, "session's own folder")
     (folder / "session.json").write_text("{")
     varedit("session", "log", folder).assert_refused("session.json", "damaged")
 
@@ -146,6 +187,8 @@ def test_session_refuses_before_the_model_is_loaded(varedit, photo, tmp_path):
     varedit(*edit, "x").assert_refused("/nowhere")
     varedit("session", "undo", folder).assert_refused("nothing to undo")
     varedit("session", "log", tmp_path / "none").assert_refused("no session")
+    varedit("session", "log", tmp_path / ("s" * 300)).assert_refused("no session")
+    varedit("session", "new", tmp_path / ("s" * 300), photo).assert_refused("sss", "name another")
     varedit("replay", folder).assert_refused("no steps")
 
 
@@ -165,6 +208,9 @@ def test_batch_exit_codes_record_and_replay(varedit, model, photo, tmp_path):
     assert ran.code == 0 and "1 edited, 0 failed, 1 were done before" in ran.out
     ran = varedit(*batch, "--resume")
     assert ran.code == 0 and "0 edited, 0 failed, 2 were done before" in ran.out
+    results = out / "results.jsonl"
+    varedit("batch", results, "-o", out, "--overwrite", *model).assert_refused("would replace the list")
+    assert results.exists()
 
     first = out / "photo.edited.png"
     varedit("replay", first, *model).assert_refused("'photo.png' is not beside it", "--input")
@@ -200,6 +246,7 @@ def test_replay_names_another_model(varedit, model, photo, tmp_path):
 def test_replay_and_batch_refuse(varedit, photo, tmp_path):
     varedit("replay", photo).assert_refused("no manifest")
     varedit("replay", tmp_path / "none.png").assert_refused("does not exist")
+    varedit("replay", tmp_path / ("a" * 300 + ".png")).assert_refused("aaa.png")
     photo.with_name("photo.png.varedit.json").write_text('{"format": "varedit/1"}')
     varedit("replay", photo).assert_refused("damaged")
     varedit("replay", tmp_path, "--input", photo).assert_refused("a session has its own inputs")

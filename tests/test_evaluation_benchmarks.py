@@ -83,6 +83,13 @@ def test_emu_edit_drops_bad_captions_when_told(emu):
     assert [case.key for case in found.cases] == ["00000", "00001", "00005"]
 
 
+def test_a_broken_picture_is_named_in_the_same_words_every_time(tmp_path):
+    """Pillow's own words hold an address in memory; score files have to repeat to the byte."""
+    write_parquet(tmp_path / "test-0.parquet", [emu_row(0), emu_row(1, image={"bytes": b"junk", "path": None})])
+    with pytest.raises(ValueError, match=r"^image of row \(0, 1\) is no picture \(UnidentifiedImageError\)$"):
+        read_picture(load("emu-edit", tmp_path).cases[1].source)
+
+
 def test_emu_edit_generations_have_their_splits_swapped(tmp_path):
     more = {"edited_image": cell(colour(7)), "model": "emu"}
     write_parquet(tmp_path / "data/test-0.parquet", [emu_row(1, **more)])
@@ -177,6 +184,61 @@ def test_magicbrush_multi_turn_scores_the_last(tmp_path):
     ]  # fmt: skip
 
 
+def test_pie_bench_in_the_folder_above(tmp_path):
+    """Its repository has both under data/."""
+    (tmp_path / "data").mkdir()
+    write_pie(tmp_path / "data", {"000000000001": pie_row([0, 1])})
+    assert read_picture(load("pie-bench", tmp_path).cases[0].source).shape == (512, 512, 3)
+
+
+def test_pie_mask_of_another_size_than_its_picture(tmp_path):
+    write_pie(tmp_path, {"000000000001": pie_row([0, 1]), "000000000002": pie_row([0, 1], image="1_change/b.jpg")})
+    colour(90, (1024, 1024)).save(tmp_path / "annotation_images/1_change/b.jpg")
+    found = load("pie-bench", tmp_path)
+    assert len(found.cases) == 1 and "b.jpg is 1024 x 1024" in dict(found.problems)["000000000002"]
+
+
+def test_rows_without_an_instruction_are_named(tmp_path):
+    nothing = pie_row([0, 1]) | {"editing_instruction": None}
+    write_pie(tmp_path, {"000000000001": nothing, "000000000002": pie_row([0, 1])})
+    assert load("pie-bench", tmp_path).problems == (("000000000001", "ValueError: no instruction"),)
+    write_magicbrush(tmp_path)
+    sessions = json.loads((tmp_path / "edit_sessions.json").read_text())
+    sessions["139"][1]["instruction"] = " "
+    (tmp_path / "edit_sessions.json").write_text(json.dumps(sessions))
+    found = load("magicbrush", tmp_path)
+    assert [case.key for case in found.cases] == ["30_1"] and found.problems == (("139", "turn 2 has no instruction"),)
+
+
+def test_a_missing_caption_does_not_take_the_score_from_all(tmp_path):
+    write_magicbrush(tmp_path)
+    (tmp_path / "local_captions.json").write_text(json.dumps({"139": {"139-output1.png": "one"}}))
+    assert "clip_out" in load("magicbrush", tmp_path).metrics
+
+
+@pytest.mark.parametrize(("name", "column"), [("emu-edit", "image"), ("magicbrush", "source_img"), ("gedit", "key")])
+def test_tables_of_another_data_set_are_refused(tmp_path, name, column):
+    for split in ("test", "dev"):
+        write_parquet(tmp_path / f"data/{split}-0.parquet", [{"input_image": cell(colour(1)), "text": "x"}])
+    with pytest.raises(ValueError, match=f"has no column '{column}' but input_image, text"):
+        load(name, tmp_path)
+
+
+def test_a_broken_arrow_file_is_named(tmp_path):
+    pytest.importorskip("pyarrow", reason="this benchmark comes as tables")
+    (tmp_path / "data.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="data.arrow cannot be read"):
+        load("gedit", tmp_path)
+
+
+def test_options_that_would_not_be_used_are_refused(tmp_path, emu):
+    (tmp_path / "own.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="is not used for .*own.jsonl.*leave --data out"):
+        load(str(tmp_path / "own.jsonl"), tmp_path)
+    with pytest.raises(ValueError, match="revision=main is for downloads"):
+        load("emu-edit", emu, options={"revision": "main"})
+
+
 def test_magicbrush_parquet(tmp_path):
     rows = [
         {"img_id": "7", "turn_index": turn, "source_img": cell(colour(turn)), "mask_img": cell(colour(255)),
@@ -225,6 +287,7 @@ def test_gedit(tmp_path, form):
                 writer.write_table(table)
     found = load("gedit", tmp_path)
     assert [case.key for case in found.cases] == ["aa", "cc"] and found.problems[0][0] == "dd"
+    assert found.fit == "bicubic" and found.mean_over == "types"
     assert read_picture(found.cases[0].source)[0, 0, 0] == 3
     assert found.cases[0].extra["file"] == "fullset/subject-add/en/aa.png"
     options = {"language": "cn", "subset": "intersection"}
@@ -260,7 +323,7 @@ def test_own_folder_of_pairs(tmp_path):
     [
         ("pie-bench", None, "form"),
         ("imgedit", None, "Benchmark.tar"),
-        ("nonsense", None, "use a known name"),
+        ("nonsense", None, "'nonsense' is unknown; use procedural, emu-edit, .*gedit, or name a folder"),
         ("procedural", {"a": "b"}, "takes seed"),
         ("procedural", {"seed": "one"}, "seed is 'one'"),
         ("gedit", {"colour": "red"}, "reader option 'colour' is unknown"),  # told before anything is downloaded
@@ -333,7 +396,7 @@ def test_a_benchmark_is_downloaded_at_its_pinned_commit(emu, tmp_path):
     files = {f"data/{path.name}": path.read_bytes() for path in (emu / "data").iterdir()} | {"huge.bin": b"x"}
     hub = Hub("facebook/emu_edit_test_set", commit, files)
     program = "import sys; from varedit.evaluation.benchmarks import load; b = load('emu-edit'); "
-    program += "print(len(b.cases), b.notes['revision'])"
+    program += "print(len(b.cases), b.settings['revision'])"
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     hub.server.shutdown()

@@ -229,6 +229,18 @@ def test_a_judge_that_went_away_is_not_asked_for_every_case(tmp_path):
         assert score(benchmark, tmp_path, [], Backbones(), judge)["cases"]["failed"] == []
 
 
+def test_a_judge_that_never_answered_is_not_waited_for(tmp_path):
+    """A mistyped port: one case's tries, not eight."""
+    benchmark = some(4, tmp_path)
+    with Server(lambda question, number: (503, {}, "")) as server:
+        judge = judge_at(server.url, tmp_path / "judge", client={"max_retries": 1})
+        steps = []
+        judge.prepare(benchmark, tmp_path, on_case=steps.append)
+        assert len(server.questions) == 2 and steps == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="no case of .* could be scored: not judged: .*no answer in 2 tries"):
+        score(benchmark, tmp_path, [], Backbones(), judge)
+
+
 def test_a_wrong_key_ends_the_run_at_once(tmp_path):
     benchmark = some(30, tmp_path)
     with Server(lambda question, number: (401, {}, "bad key")) as server:
@@ -335,7 +347,7 @@ def test_rules_belong_to_the_benchmark(tmp_path):
 
 @pytest.mark.parametrize(
     "text", ["", "9, 8", '{"score": [9]}', '{"score": [9, "8"]}', '{"score": [9, true]}', '{"score": [-1, 5]}',
-             '{"note": 1}', "[9, 8]", '{"score": [9, 8'],
+             '{"note": 1}', "[9, 8]", '{"score": [9, 8', '{"a":' * 5000, '{"score": [NaN, 8]}'],
 )  # fmt: skip
 def test_no_score_is_guessed(text):
     with pytest.raises(ValueError, match="score|JSON"):

@@ -5,15 +5,16 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_evaluation_run import command, plain
 
 from varedit.evaluation.cases import Benchmark, Case
 from varedit.evaluation.editors import make_editor
 from varedit.evaluation.features import Backbones
-from varedit.evaluation.generate import generate
+from varedit.evaluation.generate import generate, result_path
 from varedit.evaluation.paper import COLUMNS, TABLE, own_row, standing
 from varedit.evaluation.plots import axis, dots
-from varedit.evaluation.report import load_runs, paired, write_report
+from varedit.evaluation.report import load_runs, paired, summary_table, write_report
 from varedit.evaluation.scores import METRICS, bootstrap, check_metrics, digest, score, summary
 
 
@@ -27,6 +28,40 @@ def test_scores_are_worked_out_and_the_same_to_the_byte(tmp_path):
     score(plain(), tmp_path, ["l1", "l1_source"], Backbones())
     assert (tmp_path / "scores.json").read_bytes() == first
     assert b"seconds" not in first
+
+
+def test_stray_of_an_edit_of_the_whole_picture(tmp_path):
+    """Nothing lies outside its mask: with a known answer what is on the way to it is asked for, without one all is."""
+    rng = np.random.default_rng(0)
+    source = np.kron(rng.integers(40, 120, (4, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    everywhere = np.ones((64, 64), bool)
+    cases = (
+        Case("known", "brighter", source, target=source + 100, mask=everywhere),
+        Case("unknown", "brighter", source, mask=everywhere),
+    )
+    benchmark = Benchmark("own", cases, ())
+    generate(benchmark, make_editor("identity"), tmp_path)
+    for case in cases:
+        Image.fromarray(source + 100).save(result_path(tmp_path, case.key))
+    found = score(benchmark, tmp_path, ["stray", "l1_source"], Backbones())
+    assert [row["scores"]["stray"] for row in found["rows"]] == [0, None]
+    assert found["overall"]["stray"]["n"] == 1 and found["overall"]["l1_source"]["n"] == 2
+    for case in cases:
+        Image.fromarray(255 - source).save(result_path(tmp_path, case.key))
+    assert score(benchmark, tmp_path, ["stray"], Backbones())["rows"][0]["scores"]["stray"] > 0.3
+
+
+def test_a_mean_over_fewer_cases_says_so(tmp_path):
+    masks = (np.ones((16, 16), bool), np.eye(16, dtype=bool))
+    cases = tuple(Case(f"k{i}", "x", np.zeros((16, 16, 3), np.uint8), mask=mask) for i, mask in enumerate(masks))
+    generate(Benchmark("own", cases, ()), make_editor("identity"), tmp_path / "run")
+    found = score(Benchmark("own", cases, ()), tmp_path / "run", ["l1_source", "mse"], Backbones())
+    write_report(load_runs([tmp_path / "run"]), tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<small>1 of 2 cases</small>") == 3  # overall, its type, all
+    markdown = (tmp_path / "page.md").read_text()
+    assert "| all | 2 | 0.000 (0.000 to 0.000) | 0.000 (0.000 to 0.000), n 1 |" in markdown
+    assert summary_table(found).caption.startswith("* over those")
+    assert list(summary_table(found).columns[3].cells) == ["0.000 *"] * 2
 
 
 def test_bootstrap_interval():
@@ -60,6 +95,9 @@ def test_protocol_covers_what_shapes_a_number_and_not_the_editor(tmp_path):
               for c in plain().cases]  # fmt: skip
     assert protocol("h", Benchmark("own", tuple(masked), ("l1",))) != base
     assert protocol("i", plain(mean_over="types")) != base
+    assert protocol("j", plain(settings={"revision": "b31936a"})) != base
+    written = json.loads((tmp_path / "j/scores.json").read_text())
+    assert written["protocol"]["settings"] == {"revision": "b31936a"}
     darker = [Case(c.key, c.instruction, c.source // 2, c.edit_type, target=c.target) for c in plain().cases]
     assert protocol("f", Benchmark("own", tuple(darker), ("l1",))) != base
 
@@ -152,11 +190,45 @@ def test_a_score_file_changed_by_hand_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no score file"):
         load_runs([tmp_path / "nowhere"])
     (tmp_path / "old").mkdir()
-    old = json.loads(path.read_text().replace('"num_cases": 7', '"num_cases": 6'))
-    del old["groups"]  # as an earlier version wrote it
-    (tmp_path / "old/scores.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="is no score file .*run `varedit evaluate run`"):
-        load_runs([tmp_path / "old"])
+    sound = json.loads(path.read_text().replace('"num_cases": 7', '"num_cases": 6'))
+    (tmp_path / "old/scores.json").write_text(json.dumps(sound))
+    assert load_runs([tmp_path / "old"])[0].scores == sound
+    better = json.loads(json.dumps(sound))
+    better["overall"]["l1"]["mean"] = 0.0
+    for changed in (better, {name: value for name, value in sound.items() if name != "rows"}):
+        (tmp_path / "old/scores.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="changed by hand or is damaged"):
+            load_runs([tmp_path / "old"])
+    del sound["scores_sha256"]  # as an earlier version wrote it
+    for other in (sound, [], "text"):
+        (tmp_path / "old/scores.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="is no score file .*run `varedit evaluate run`"):
+            load_runs([tmp_path / "old"])
+
+
+def test_pictures_that_are_gone_or_damaged(tmp_path):
+    generate(plain(2), make_editor("identity"), tmp_path / "run")
+    score(plain(2), tmp_path / "run", ["l1"], Backbones())
+    runs = load_runs([tmp_path / "run"])
+    result_path(tmp_path / "run", "k0").unlink()
+    write_report(runs, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<div>no picture</div>") == 1
+    result_path(tmp_path / "run", "k1").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="k1.png is damaged .*run `varedit evaluate run` again"):
+        write_report(runs, tmp_path / "page.html")
+
+
+def test_a_report_that_cannot_be_written(tmp_path):
+    generate(plain(1), make_editor("identity"), tmp_path / "run")
+    score(plain(1), tmp_path / "run", ["l1"], Backbones())
+    runs = load_runs([tmp_path / "run"])
+    (tmp_path / "file").write_text("")
+    for page in (tmp_path / "run", tmp_path / "file/page.html"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            write_report(runs, page)
+    with pytest.raises(ValueError, match="overwritten by its own .json file: name it page.html"):
+        write_report(runs, tmp_path / "page.json")
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_paired_test_sees_a_shift_and_no_shift(tmp_path):
@@ -174,7 +246,7 @@ def test_ends_of_an_axis_are_round_and_hold_all():
     assert axis([0.1], [0.9])[:2] == (0.0, 1.0)
     low, high, ticks = axis([58.2, 59.0], [59.9, 60.0])
     assert low <= 58.2 and high >= 60 and 50 < low and all(low <= tick <= high for tick in ticks)
-    assert axis([0.0], [0.0])[0] < axis([0.0], [0.0])[1]
+    assert axis([0.0], [0.0])[:2] == (0, 1) and axis([60.0], [60.0])[:2] == (59.5, 60.5)
     assert axis([-0.2], [0.1])[:2] == pytest.approx((-0.2, 0.1))
 
 
@@ -196,8 +268,8 @@ def test_paper_table(tmp_path, capsys):
     places = standing((None, 0.3, None, None, None, 0.25, 0.1, 99.0, None, None, None))
     assert places[1] == 1 and places[5] == 8 and places[6] == 15 and places[7] == 1 and places[0] is None
     scores = {"protocol": {"benchmark": "emu-edit"}, "overall": {"clip_dir": {"mean": 0.1}}, "groups": {}}
-    text = json.dumps(scores | {"protocol_sha256": digest(scores["protocol"])})
+    scores["protocol_sha256"] = digest(scores["protocol"])
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/scores.json").write_text(text)
+    (tmp_path / "mine/scores.json").write_text(json.dumps(scores | {"scores_sha256": digest(scores)}))
     out = command("evaluate", "paper-table", tmp_path / "mine", capsys=capsys).out
     assert re.search(r"mine .*0\.100", out) and "6th" in out  # below five methods, above VAREdit 512 px

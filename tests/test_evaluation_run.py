@@ -120,6 +120,12 @@ def test_missing_source_fails_its_case_only(tmp_path):
     assert done.done == 1 and "gone.png" in done.failed["gone"]
 
 
+def test_an_output_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is no folder that can be written"):
+        generate(plain(1), Counting(), tmp_path / "file")
+
+
 def test_another_run_in_the_folder_is_refused(tmp_path):
     generate(plain(1), Counting(), tmp_path)
     with pytest.raises(ValueError, match="holds a run with seed 0, not 1; choose another --output"):
@@ -358,6 +364,11 @@ def test_a_killed_run_of_200_cases_goes_on_and_repeats_nothing(tmp_path):
         (("--benchmark", "procedural", "--editor", "identity", "--batch-size", "0"), "batch-size is 0"),
         (("--benchmark", "procedural", "--editor", "identity", "--judge-limit", "3"), "add --judge-prices"),
         (("--benchmark", "procedural", "--editor", "identity", "--judge-prices", "cheap"), "are not two numbers"),
+        (
+            ("--benchmark", "procedural", "--editor", "identity", "--judge-model", "m"),
+            "m means nothing without a judge",
+        ),
+        (("--benchmark", "procedural", "--editor", "identity", "--judge-rules", "x"), "add --judge-url"),
         (("--benchmark", "procedural", "--editor", "identity", "--reader", "seed"), "use NAME=VALUE"),
         (("--benchmark", "procedural", "--editor", "identity", "--limit", "1", "--network", "vgg=x"), "'vgg'"),
         (

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from varedit.cli.data_commands import app
+from varedit.cli.data import app
 from varedit.data.faults import Skipped
 from varedit.data.filter import Verdict, estimate, judge_pairs, read_verdicts, selected
-from varedit.data.judge_client import JudgeClient, JudgeError, json_answer
+from varedit.data.judge_client import JudgeClient, JudgeError, estimate_tokens, json_answer
 from varedit.data.readers import read
 from varedit.data.record import Record, write_folder
 
@@ -303,7 +303,7 @@ def test_verdicts_of_another_source_are_refused(judge: Judge, tmp_path: Path) ->
 def test_estimate(judge: Judge, tmp_path: Path) -> None:
     records = [Record(np.zeros((1536, 768, 3), np.uint8), np.zeros((56, 28, 3), np.uint8), ("x",)) for _ in range(10)]
     expected = estimate(records, price_in=2.0, price_out=10.0)
-    images = 28 * 14 + 2 * 1  # 768 x 384 as sent, and 56 x 28, in squares of 28 pixels
+    images = estimate_tokens(0, [(768, 384), (56, 28)])  # as they are sent
     words = expected.prompt_tokens // 10 - images
     assert expected.num_calls == 10 and 100 < words < 400
     assert expected.cost == pytest.approx((expected.prompt_tokens * 2 + expected.answer_tokens * 10) / 1e6)
@@ -317,7 +317,7 @@ def test_estimate(judge: Judge, tmp_path: Path) -> None:
 # ---- commands --------------------------------------------------------------------------------------------------------
 def run(*arguments: object) -> tuple[str, str]:
     """Standard output, and the message of the error if there was one."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])  # varedit data ...
     if result.exception is not None and not isinstance(result.exception, ValueError):
         raise result.exception
     return result.output, str(result.exception or "")
@@ -381,3 +381,25 @@ def test_bad_input_is_one_line(arguments: tuple, message: str, tmp_path: Path, m
     error = run(*arguments)[1]
     assert message in error and "\n" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("lint", "raw", "--report", "taken/r.json"),
+        ("lint", "raw", "--report", "r.json", "--html", "raw"),
+        ("pack", "raw", "-o", "taken"),
+        ("filter", "raw", "--judge-url", "http://x", "--judge-model", "m", "-o", "raw"),
+        ("synth", "--count", "1", "--size", "128", "-o", "taken"),
+        ("synth", "--count", "1", "--size", "128", "-o", "taken/deep"),
+    ],
+)
+def test_an_output_in_the_way_is_named(arguments: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(make_records(2), tmp_path / "raw")
+    (tmp_path / "taken").write_text("here")
+    before = sorted(tmp_path.rglob("*"))
+    _, error = run(*arguments)
+    place = arguments[-1] if arguments[-1] != "taken/deep" else "taken"
+    assert place in error and "cannot be" in error and "\n" not in error
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "taken").read_text() == "here"

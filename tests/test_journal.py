@@ -34,6 +34,14 @@ def test_folders_that_hold_a_run_or_none(tmp_path):
     check_folder(tmp_path, config(steps=5, sharding="fsdp", max_minutes=3.0), resume=True)
 
 
+@pytest.mark.parametrize("output", ["taken", "taken/run"])
+def test_an_output_in_the_way_is_refused(tmp_path, output):
+    (tmp_path / "taken").write_text("here")
+    with pytest.raises(ValueError, match="taken.* is no folder that can be written to"):
+        check_folder(tmp_path / output, config(), resume=False)
+    assert (tmp_path / "taken").read_text() == "here"
+
+
 def test_lines_of_a_resumed_run(tmp_path):
     first = Journal(tmp_path, config(batch_size=8, micro_batch_size=8), resume=False)
     first.start(0, 0.0)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from varedit.editing.edit import EditRequest, Settings, apply_edit, apply_edits
 from varedit.editing.manifest import (
     SOURCE_TYPE,
     Manifest,
+    check_side_file,
     embed,
     make_manifest,
     pixels_sha256,
@@ -26,8 +28,8 @@ from varedit.editing.replay import check_file, check_model, replay
 from varedit.editing.weights import folder_sha256, identify, identify_folder, state_sha256
 from varedit.image_processor import ImageError, load_image
 from varedit.image_writer import encode_image, save_image
-from varedit.pipeline import load_pipeline
-from varedit.testing import tiny_pipeline
+from varedit.pipeline import VAREditPipeline, load_pipeline
+from varedit.testing import tiny_pipeline, tiny_transformer
 
 SIZE = (90, 60)
 MASK = box_mask((12, 8, 40, 30), SIZE)
@@ -84,7 +86,8 @@ def test_settings_travel_as_json(edit):
     for values, named in [
         ({"sparkle": 1}, "sparkle"), ({"size": "big"}, "size"), ({"size": 100}, "100"), ({"fit": "wide"}, "wide"),
         ({"preserve": "maybe"}, "maybe"), ({"calibration": {"floor": "x"}}, "calibration"), ([], "settings"),
-        ({"guidance_scale": -1}, "-1"), ({"strength": 2}, "2"),
+        ({"guidance_scale": -1}, "-1"), ({"strength": 2}, "2"), ({"strength": None}, "strength"),
+        ({"mask_margin": None}, "mask_margin"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=named):
             Settings.from_json(values)
@@ -153,6 +156,9 @@ def test_nothing_is_overwritten_unasked(tmp_path, edit, manifest):
     save_with_manifest(edit.image, path, replace(manifest, seed=6), overwrite=True)
     assert read_manifest(path).seed == 6
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
+    side_file(tmp_path / "b.bmp").mkdir()
+    with pytest.raises(ImageError, match="is a folder"):
+        check_side_file(tmp_path / "b.bmp", overwrite=True)
 
 
 def test_pictures_without_manifest_and_strangers_metadata(tmp_path):
@@ -182,7 +188,10 @@ def test_manifest_rewritten_as_an_attribute_is_still_found(tmp_path, manifest):
         ({"format": "varedit/9"}, "varedit/9"), ({"seed": "5"}, "seed"), ({"seed": -1}, "seed"),
         ({"instruction": " "}, "instruction"), ({"settings": None}, "settings"), ({"input": {}}, "input"),
         ({"output": None}, "output"), ({"model": {"sha256": "a"}}, "model"), ({"mask": {}}, "mask"),
-        ({"software": 3}, "software"),
+        ({"software": 3}, "software"), ({"input": {"sha256": "a", "name": 5}}, "name 5"),
+        ({"mask": {"sha256": "a", "name": []}}, "mask has"), ({"device": {"dtype": []}}, "dtype"),
+        ({"output": {"sha256": "a", "sha256_16": 5}}, "sha256_16 5"),
+        ({"model": {"kind": "files", "sha256": "a", "configs": ["a"]}}, "configs"),
     ],
 )  # fmt: skip
 def test_damaged_manifests_are_named(change, named, manifest, tmp_path):
@@ -239,6 +248,81 @@ def test_identity_of_models(model_folder, pipeline):
     with torch.no_grad():
         memory.transformer.head.bias[0] += 1
     assert state_sha256(memory) != state_sha256(pipeline)
+
+
+@pytest.fixture
+def changed_folder(model_folder, tmp_path):
+    """A copy of the model with changed values in one of its JSON files: (file, values) -> folder."""
+    folder = tmp_path / "changed"
+    shutil.copytree(model_folder, folder)
+
+    def change(file, values):
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("transformer/config.json", {"position_layout": "fixed_offset"}),
+        ("image_tokenizer/config.json", {"num_groups": 4}),
+        ("text_encoder/config.json", {"relative_attention_max_distance": 7}),
+        ("tokenizer/tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+    ],
+)
+def test_another_configuration_is_another_model(file, values, changed_folder, manifest):
+    part = file.split("/")[0]
+    other = identify_folder(changed_folder(file, values))
+    assert other.sha256 == manifest.model["sha256"]
+    assert check_model(manifest, other)[0].endswith(f"the weights of the edit, but another configuration of {part}")
+    older = replace(manifest, model={name: manifest.model[name] for name in ("name", "kind", "sha256")})
+    assert check_model(older, other) == []  # it said the weights only
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("model_index.json", {"guidance_scale": 9.0}),  # in the settings of every edit
+        ("transformer/config.json", {"_diffusers_version": "9.0", "_name_or_path": "/elsewhere"}),
+        ("text_encoder/config.json", {"transformers_version": "9.0", "dtype": "bfloat16"}),
+        ("tokenizer/tokenizer.json", {"padding": None, "truncation": {"max_length": 3}}),
+    ],
+)
+def test_what_saving_notes_is_no_configuration(file, values, changed_folder, manifest):
+    assert check_model(manifest, identify_folder(changed_folder(file, values))) == []
+
+
+def test_configurations_in_memory_are_those_of_files(pipeline, picture, tmp_path):
+    memory = tiny_pipeline()
+    assert identify(memory).configs == identify(pipeline).configs
+    pipeline.save_pretrained(tmp_path / "again")
+    assert replace(identify_folder(tmp_path / "again"), name="") == replace(identify(pipeline), name="")
+
+    result = apply_edit(memory, picture, "blur", seed=1, settings=Settings(preserve="off"))
+    manifest = make_manifest(result, memory)
+    other = tiny_pipeline(position_layout="fixed_offset")
+    assert state_sha256(other) == state_sha256(memory)
+    assert replay(manifest, picture, other).differences[0].endswith("another configuration of transformer")
+
+
+def test_a_component_from_elsewhere_is_not_the_folders(model_folder, pipeline):
+    mixed = VAREditPipeline.from_pretrained(model_folder, transformer=tiny_transformer(1))
+    assert identify(mixed).kind == "memory" and identify(pipeline).kind == "files"
+
+
+def test_how_strongly_an_adapter_acts_belongs_to_the_model(model_folder):
+    pytest.importorskip("peft")
+    from varedit.lora import add_lora, stack_lora
+
+    adapted = load_pipeline(model_folder, "cpu")
+    add_lora(adapted.transformer, 2, 4)
+    full = identify(adapted)
+    stack_lora(adapted, {"default": 0.5})
+    half = identify(adapted)
+    assert full.kind == half.kind == "memory" and full.sha256 == half.sha256 and full.configs != half.configs
 
 
 # -- replays
@@ -323,6 +407,8 @@ def test_a_file_of_an_earlier_version_replays(replayed):
         ({"seed": 6}, ["pixels: the edit came out different in the model's bits"]),
         ({"settings": {"preserve": "exact"}}, ["pixels: ", "the model chose the same bits"]),
         ({"seed": 6, "software": {"varedit": "0.0.1"}}, ["pixels: ", "version: varedit", "was 0.0.1"]),
+        ({"seed": 6, "device": {"threads": 999}}, ["pixels: ", "threads: ", "was 999; set OMP_NUM_THREADS=999"]),
+        ({"model": {"configs": {"transformer": "0" * 64}}}, ["model: ", "another configuration of image_tokenizer, "]),
     ],
 )
 def test_an_edited_manifest_says_exactly_what_differs(changes, named, replayed):
@@ -330,6 +416,14 @@ def test_an_edited_manifest_says_exactly_what_differs(changes, named, replayed):
     assert ran.code == 1 and "edited.bmp: differs\n" in ran.out, ran
     for text in named:
         assert text in ran.out
+
+
+def test_another_number_of_threads_is_told_where_the_picture_differs(replayed, manifest):
+    assert manifest.device["threads"] == torch.get_num_threads()
+    ran = replayed(device={"threads": 999})
+    assert ran.code == 0 and "threads: " not in ran.out
+    ran = replayed(seed=6, device={"threads": None})  # by an earlier version
+    assert ran.code == 1 and "threads: " not in ran.out
 
 
 @pytest.mark.parametrize(

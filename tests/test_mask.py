@@ -16,6 +16,7 @@ from varedit.editing.mask import (
     lock_bits,
     model_mask,
     parse_box,
+    parse_polygon,
     polygon_mask,
     token_coverage,
 )
@@ -86,13 +87,22 @@ def test_boxes_and_polygons():
     triangle = np.asarray(polygon_mask([(0, 0), (39, 0), (0, 19)], (40, 20)))
     assert triangle[1, 1] == 255 and triangle[18, 38] == 0
     assert parse_box("1,2,3,4.5") == (1, 2, 3, 4.5)
+    assert parse_polygon("1,2 3,4.5  5,6") == [(1, 2), (3, 4.5), (5, 6)]
     assert np.asarray(grow(box_mask((10, 10, 1, 1), (40, 20)), 3)).sum() == 49 * 255
+    assert np.asarray(grow(box_mask((39, 0, 1, 1), (40, 20)), 10**30)).min() == 255  # no farther than the picture
     for call in (
         lambda: box_mask((50, 5, 10, 10), (40, 20)),
         lambda: box_mask((5, 5, 0, 10), (40, 20)),
+        lambda: box_mask((0, float("nan"), 9, 9), (40, 20)),
+        lambda: parse_box("inf,0,9,9"),
+        lambda: parse_box("0,0,1e999,9"),
         lambda: polygon_mask([(0, 0), (1, 1)], (40, 20)),
         lambda: polygon_mask([(90, 90), (99, 90), (99, 99)], (40, 20)),
         lambda: parse_box("1,2,3"),
+        lambda: parse_polygon(""),
+        lambda: parse_polygon("1,2 3"),
+        lambda: parse_polygon("1,2 3,x 4,5"),
+        lambda: parse_polygon("1,2 nan,3 4,5"),
         lambda: grow(Image.new("L", (4, 4)), -1),
         lambda: grow(Image.new("L", (4, 4)), 1.5),
     ):

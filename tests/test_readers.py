@@ -284,11 +284,17 @@ def test_instructpix2pix_as_generated(tmp_path: Path) -> None:
     for seed in ("55", "77"):
         save(tmp_path / "0000001" / f"{seed}_0.jpg", picture(int(seed)))
         save(tmp_path / "0000001" / f"{seed}_1.jpg", picture(int(seed) + 1))
-    (tmp_path / "seeds.json").write_text(json.dumps([["0000001", ["55", "77"]], ["0000002", ["1"]]]))
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "prompt.json").write_text("[1]")
+    seeds = [["0000001", ["55", "77"]], ["0000002", ["1"]], ["../0000001", ["55"]], ["listed", ["1"]], ["0000001"], 3]
+    (tmp_path / "seeds.json").write_text(json.dumps(seeds))
     items = list(read(tmp_path))
     assert same(items[0], picture(55), picture(56), "make it red")
     assert same(items[1], picture(77), picture(78), "make it red")
-    assert faults(items) == ["bad row"]
+    assert faults(items) == ["bad row"] * 5
+    (tmp_path / "seeds.json").write_text("3")
+    with pytest.raises(ValueError, match="is no list of names and seeds"):
+        list(read(tmp_path))
 
 
 # ---- own tables and folders ------------------------------------------------------------------------------------------
@@ -333,10 +339,12 @@ def test_json_lines_table(tmp_path: Path) -> None:
         tmp_path / "own.jsonl",
         [row, {"src": "1.png", "prompt": "x"}, {"src": "/etc/passwd", "tgt": "2.png", "prompt": "x"}],
     )
+    with (tmp_path / "own.jsonl").open("a") as stream:
+        stream.write("[" * 100_000)  # too deep for the parser
     items = list(read(tmp_path / "own.jsonl"))
     assert same(items[0], picture(1), picture(2), "go")
     assert (items[0].edit_type, items[0].origin, items[0].extra) == ("add", "7", {"more": [1]})
-    assert faults(items) == ["bad row", "bad row"]
+    assert faults(items) == ["bad row", "bad row", "bad row"]
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -390,6 +398,10 @@ def test_faults_are_borne_up_to_a_fraction(tmp_path: Path, caplog: pytest.LogCap
     kept = list(skip_faults([good] * 19 + [bad], max_skipped=0.05, tally=tally))
     assert len(kept) == 19 and tally.faults == Counter({"missing image": 1})
     assert "there: missing image: gone" in caplog.text and "19 pairs, 1 skipped (missing image 1)" in caplog.text
+    shard = Skipped("x.tar", "missing shard", "300 pairs", 300)
+    assert len(list(skip_faults([shard] + [good] * 2700, max_skipped=0.1))) == 2700, "it is a tenth, though it is first"
+    with pytest.raises(ValueError, match="10% is more than max_skipped 9%"):
+        list(skip_faults([shard] + [good] * 2700, max_skipped=0.09))
     with pytest.raises(ValueError, match="10% is more than max_skipped 5%"):
         list(skip_faults([good] * 9 + [bad], max_skipped=0.05))
     endless = (bad for _ in iter(int, 1))

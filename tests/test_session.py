@@ -194,6 +194,20 @@ def test_damaged_folders_are_named(damage, named, copy):
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_head_whose_step_is_missing_can_be_moved(copy, varedit):
+    shutil.rmtree(copy / "steps/0003")
+    varedit("session", "log", copy).assert_refused("steps/0003", "session branch")
+    varedit("session", "branch", copy, "3").assert_refused("no step 3")
+    assert varedit("session", "branch", copy, "2").code == 0
+    assert Session.open(copy).head == 2
+
+
+def test_the_current_folder_is_not_made_a_session(photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SessionError, match="name a new folder"):
+        Session.create(".", photo)
+
+
 @pytest.mark.parametrize(("change", "named"), [({"format": "varedit/9"}, "varedit/9"), ({"settings": 1}, "settings")])
 def test_a_damaged_or_later_manifest_is_named_where_it_is_needed(change, named, copy, pipeline, varedit):
     file = copy / "steps/0002/step.json"

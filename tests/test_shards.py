@@ -121,7 +121,14 @@ def test_shard_members_with_faults(tmp_path: Path) -> None:
         "d": {"src.png": good, "tgt.png": encoded(picture(1, 16), "PNG"), "txt": b"x"},
         "e": {"src.png": good, "tgt.png": b"nothing", "txt": b"x"},
         "f": {"src.png": good, "tgt.png": good, "txt": b"x", "json": b"[1"},
+        "f1": {"src.png": good, "tgt.png": good, "txt": b"x", "json": b"[1]"},
+        "f2": {"src.png": good, "tgt.png": good, "txt": b"x", "json": b"[" * 100_000},
+        "f3": {"src.png": good, "tgt.png": good, "json": b"{}"},
+        "f4": {"src.png": good, "tgt.png": good, "json": b'{"instructions": [3]}'},
+        "f5": {"src.png": good, "tgt.png": good, "txt": b"x", "json": b'{"licence": 3}'},
+        "f6": {"src.png": good, "tgt.png": good, "txt": b"x", "json": b'{"extra": 3}'},
         "g": {"src.png": good, "tgt.png": good, "txt": b"fine"},
+        "h": {"src.png": good, "tgt.png": good, "json": b'{"instructions": "fine", "licence": null, "extra": null}'},
     }
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for key, parts in samples.items():
@@ -129,10 +136,10 @@ def test_shard_members_with_faults(tmp_path: Path) -> None:
                 info = tarfile.TarInfo(f"./deep.folder/{key}.{extension}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
-    *faults, last = read(tmp_path / "x.tar")
-    names = ["missing image", "bad row", "not UTF-8", "sizes differ", "unreadable image", "bad row"]
+    *faults, first, last = read(tmp_path / "x.tar")
+    names = ["missing image", "bad row", "not UTF-8", "sizes differ", "unreadable image", *["bad row"] * 7]
     assert [item.fault for item in faults] == names
-    assert last.instruction == "fine"
+    assert first.instructions == last.instructions == ("fine",)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -233,6 +240,31 @@ def test_another_source_or_setting_is_refused(tmp_path: Path) -> None:
         pack(raw, tmp_path / "new", size=300)
     with pytest.raises(ValueError, match="records_per_shard is 0"):
         pack(raw, tmp_path / "new", records_per_shard=0)
+
+
+def test_an_attempt_that_packed_nothing_binds_to_nothing(tmp_path: Path) -> None:
+    raw, out = make_records(3), tmp_path / "out"
+    with pytest.raises(ValueError, match="100% is more than max_skipped"):
+        pack([Skipped("a", "bad row", "b")], out, size=512)
+    assert pack(raw, out, size=128).num_pairs == 3
+    (out / "shards.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"shards\.jsonl is damaged"):
+        pack(raw, out, size=128)
+
+
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        ({}, "lists no shards"),
+        ({"shards": 3}, "lists no shards"),
+        ({"shards": [{"file": "../x.tar", "count": 1}]}, "'../x.tar', which leaves the folder"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, index: dict, words: str) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"layout": "varedit-shards"} | index))
+    for read_it in (read, verify):
+        with pytest.raises(ValueError, match=words):
+            list(read_it(tmp_path))
 
 
 def test_checksums(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The data of a run: a function of seed and step, gone through evenly, and what is unusable named."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ import torch
 from PIL import Image
 from training_runs import CPU, SHAPES
 
+from varedit.data.faults import skip_faults
+from varedit.data.packing import pack
+from varedit.data.readers import read
 from varedit.scales import nearest_schedule
 from varedit.training.data import MicroBatches, Plan
+from varedit.training.run import train
 from varedit.training.sources import open_pairs
 
 pytest_plugins = ["training_runs"]
@@ -85,10 +90,57 @@ def test_a_picture_that_goes_bad_later_is_replaced(editor_config, tmp_path, pair
     assert len(batch.target_B3HW) == 3 and not batch.error
 
 
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_lost_shard_counts_for_its_pairs(editor_config, tmp_path, pairs_folder, damage):
+    """A run that may lose one pair in ten must not go on with half of its shards."""
+    pack(read(pairs_folder), tmp_path / "shards", size=128, records_per_shard=3)
+    first = max((tmp_path / "shards").glob("1.000-*.tar"), key=lambda path: path.stat().st_size)
+    if damage == "missing":
+        first.unlink()
+    else:
+        first.write_bytes(first.read_bytes()[:2000])
+    words = rf"3 pairs, 3 skipped \({damage} shard 3\).*max_bad_fraction above 0\.5"
+    with pytest.raises(ValueError, match=words):
+        open_pairs(editor_config(f"data.source={tmp_path / 'shards'}", "data.max_bad_fraction=0.4"), CPU, tmp_path)
+    with pytest.raises(ValueError, match="50% is more than max_skipped 40%"):
+        list(skip_faults(read(tmp_path / "shards"), max_skipped=0.4))
+    assert len(list(skip_faults(read(tmp_path / "shards"), max_skipped=0.5))) == 3
+
+
+def test_the_runs_log_names_what_it_skipped(editor_config, tmp_path, pairs_folder):
+    """At the start of the run and, after a picture has gone bad, of the resumed one; a refused run leaves none."""
+    folder, run = copy_of(pairs_folder, tmp_path / "pairs"), tmp_path / "run"
+    (folder / "images/0000003_source.png").unlink()
+    changes = [f"data.source={folder}", "steps=3"]
+    with pytest.raises(ValueError, match="5 pairs, 1 skipped"):
+        train(editor_config(*changes), run)
+    assert not run.exists()
+    changes.append("data.max_bad_fraction=0.5")
+    train(editor_config(*changes), run)
+    (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "skipped" in line]
+    assert "line 4: missing image: images/0000003_source.png" in line
+    for path in folder.glob("images/*_target.png"):
+        if "0000000" not in path.name:
+            path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cannot be used"):
+        train(editor_config(*changes, "steps=20"), run, resume=True)
+    assert re.search(r"WARNING skipped .*line \d: .*_target\.png' is damaged", (run / "log.txt").read_text())
+
+
+@pytest.mark.parametrize("name", ["data.objects", "data.photos", "data.validation"])
+def test_folders_that_hold_nothing_are_refused_before_anything_is_written(editor_config, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    changes = [f"{name}={tmp_path / 'empty'}"]
+    changes += ["data.validation_count=2"] if "validation" in name else ["data.source=world"]
+    with pytest.raises(ValueError, match="empty"):
+        train(editor_config(*changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_changed_is_not_resumed(editor_config, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
-    (photos / "index.jsonl").write_text("")
+    (photos / "index.jsonl").write_text('{"file": "one.jpg"}')
     settings = editor_config("data.source=world", f"data.photos={photos}")
     open_pairs(settings, CPU, tmp_path)
     (photos / "more.jpg").write_bytes(b"more")

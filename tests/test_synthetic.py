@@ -306,6 +306,15 @@ def test_what_cannot_be_is_refused(arguments: dict, message: str) -> None:
         World(**arguments)
 
 
+@pytest.mark.parametrize("content", ["", "[", "3", "{}", '{"a.png": 3}', '{"a.png": {"names": []}}', "[{}]"])
+def test_folders_with_a_damaged_index_are_refused(content: str, tmp_path: Path) -> None:
+    for name, options in (("names.json", {"objects": tmp_path}), ("index.jsonl", {"photos": tmp_path})):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"folder {tmp_path}.* (names|index)\.json") as error:
+            World(**options)
+        assert "\n" not in str(error.value)
+
+
 def test_a_folder_of_the_world_holds_its_pairs(folders: tuple[Path, Path], pairs: list[Pair], tmp_path: Path) -> None:
     objects, photos = folders
     seen: list[int] = []

@@ -1,6 +1,7 @@
 """Training of the editor: what a batch teaches, what comes out, and that it learns."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +97,23 @@ def test_stored_features_train_as_the_models_do(editor_config, tmp_path, model_f
     training.image_tokenizer.encoder = training.text.encoder = None
     losses = [training.loss(MicroBatches(training.plan, 2)[number])[0].item() for number in (0, 1)]
     assert np.mean(losses) == pytest.approx(rows(tmp_path / "online")[0])
+
+
+def test_model_folders_that_cannot_be_used_are_refused_in_one_line(editor_config, tmp_path, model_folder):
+    """Without a look at the hub, and before anything is written."""
+    (tmp_path / "empty").mkdir()
+    cases = [([f"{name}={tmp_path / 'gone'}"], "gone.*no such folder") for name in ("start", "image_tokenizer")]
+    cases += [([f"text_encoder={tmp_path / 'empty'}"], "no text encoder in .*empty.*holds no config.json")]
+    for part in ("transformer", "image_tokenizer"):
+        folder = tmp_path / f"cut {part}"
+        shutil.copytree(model_folder, folder)
+        (weights,) = (folder / part).glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:1000])
+        cases += [([f"start={folder}"], f"no {part.replace('_', ' ')} in .*cut {part}")]
+    for changes, words in cases:
+        with pytest.raises(ValueError, match=words) as error:
+            train(editor_config(*changes), tmp_path / "run")
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------

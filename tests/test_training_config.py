@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from varedit.cli import main
+from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.training.config import (
     EditorConfig,
     TokenizerConfig,
@@ -14,6 +15,8 @@ from varedit.training.config import (
     load_config,
     save_config,
 )
+from varedit.training.typed_yaml import construct
+from varedit.transformer import VAREditTransformer
 
 START = {"start": "model"}
 
@@ -69,7 +72,10 @@ def test_changed_fields_names_them(tmp_path):
         ({"steps": True}, ["steps", "True"]),
         ({"steps": 1.5}, ["steps", "1.5"]),
         ({"compile": 1}, ["compile", "true or false"]),
-        ({"optimizer": {"lr": "fast"}}, ["optimizer.lr", "'fast'", "a number"]),
+        ({"optimizer": {"lr": "fast"}}, ["optimizer.lr", "'fast'", "a finite number"]),
+        ({"optimizer": {"lr": float("inf")}}, ["optimizer.lr", "inf", "a finite number"]),
+        ({"max_minutes": float("nan")}, ["max_minutes", "nan"]),
+        ({"steps": 10**12}, ["steps", "at most 100000000"]),
         ({"optimizer": {"betas": [0.9]}}, ["optimizer.betas", "list"]),
         ({"optimizer": 3}, ["optimizer", "a table of name, lr"]),
         ({"lora": {"rank": "big"}}, ["lora.rank", "'big'"]),
@@ -117,7 +123,7 @@ def test_mistakes_in_a_tokenizer_config(tmp_path, values, word):
     assert word in refused(tmp_path, values, TokenizerConfig)
 
 
-@pytest.mark.parametrize("override", ["steps", "=3", "steps.x=1", "seed=[1"])
+@pytest.mark.parametrize("override", ["steps", "=3", "steps.x=1", "seed=[1", "steps=2020-13-45"])
 def test_overrides_that_are_none(tmp_path, override):
     assert "--set" in refused(tmp_path, START | {"steps": 5}, overrides=[override])
 
@@ -125,10 +131,44 @@ def test_overrides_that_are_none(tmp_path, override):
 def test_unreadable_files(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         load_config(EditorConfig, tmp_path / "none.yaml")
-    for content in (b"a: [", b"\xff\xfe", b"- 1\n"):
+    for content in (b"a: [", b"\xff\xfe", b"- 1\n", b"steps: 2020-13-45", b"[" * 20_000):
         (tmp_path / "bad.yaml").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.yaml"):
             load_config(EditorConfig, tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"widht": 64}, r"transformer\.widht is unknown; did you mean width\?"),
+        ({"width": "wide"}, r"transformer\.width is 'wide'; give a whole number"),
+        ({"width": -32}, r"transformer\.width is -32; give at least 1"),
+        ({"num_heads": 0}, r"transformer\.num_heads is 0; give at least 1"),
+        ({"num_blocks": 0}, r"transformer\.num_blocks is 0; give at least 1"),
+        ({"width": 33, "num_heads": 2}, r"transformer cannot be: width 33 must be a multiple"),
+        ({"num_aligned_blocks": -1}, r"transformer\.num_aligned_blocks is -1; give at least 0"),
+        ({"conditioning": 3}, r"transformer\.conditioning is 3; give a text"),
+    ],
+)
+def test_transformers_that_cannot_be(values, words):
+    with pytest.raises(ValueError, match=f"^config field {words}"):
+        construct(VAREditTransformer, values, "transformer")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"base_widht": 8}, r"\.base_widht is unknown; did you mean base_width\?"),
+        ({"multipliers": 3}, r"\.multipliers is 3; give a list of a whole number"),
+        ({"multipliers": ()}, r"\.multipliers is \(\); give at least 1"),
+        ({"multipliers": (1, 0)}, r"\.multipliers is \(1, 0\); give at least 1"),
+        ({"num_groups": 0}, r"\.num_groups is 0; give at least 1"),
+        ({"patch_size": 5}, r" cannot be: stride 16 times patch_size 5 must be 16 pixels"),
+    ],
+)
+def test_tokenizers_that_cannot_be(values, words):
+    with pytest.raises(ValueError, match=f"^config field image_tokenizer{words}"):
+        construct(VAREditImageTokenizer, values, "image_tokenizer")
 
 
 def test_numbers_of_processes(tmp_path):

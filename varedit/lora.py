@@ -126,6 +126,7 @@ def merge_lora(pipeline: VAREditPipeline) -> None:
         raise ValueError("no adapter is loaded; load one before merging")
     pipeline.transformer.fuse_lora(safe_fusing=True, adapter_names=pipeline.transformer.active_adapters())
     unload_lora(pipeline)
+    pipeline.transformer.register_to_config(_name_or_path=None)  # no longer the folder's: edits record other weights
 
 
 def unload_lora(pipeline: VAREditPipeline) -> None:

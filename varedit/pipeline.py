@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -396,6 +397,10 @@ def check_prompt(prompt: str) -> None:
         raise ValueError(f"the instruction {prompt!r} is empty; say what to change, as in 'blur the photo'")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"the instruction has {len(prompt)} characters; shorten it to at most {MAX_PROMPT_CHARACTERS}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # half of a character, or bytes that a terminal passed on
+        raise ValueError(f"the instruction {prompt!r} is no valid text; type it as UTF-8") from None
 
 
 def check_seed(seed: int) -> None:
@@ -442,8 +447,11 @@ def load_pipeline(
         raise ValueError("this installation has no default model; name one with --model FOLDER")
     try:
         pipeline = VAREditPipeline.from_pretrained(source, dtype=dtype)
+    except HFValidationError as error:  # neither a folder nor a hub name
+        raise ValueError(f"cannot load the model {str(source)!r}: there is no such folder") from error
     except OSError as error:
-        raise ValueError(f"cannot load the model {str(source)!r}: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0].split(" (")[0]
+        raise ValueError(f"cannot load the model {str(source)!r}: {reason}") from error
     return pipeline.to(target)
 
 

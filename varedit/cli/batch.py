@@ -54,6 +54,7 @@ def batch(  # noqa: PLR0913 - one argument an option
     lock: options.Lock = "mask",
     crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
+    strength: options.Strength = 1.0,
     device: options.Device = None,
     dtype: options.Dtype = None,
     overwrite: Annotated[
@@ -64,17 +65,18 @@ def batch(  # noqa: PLR0913 - one argument an option
 
     Writes the pictures and results.jsonl, a line a picture. Exit code 0: all done; 3: some failed, the rest is done.
     """
+    from varedit.editing.batch import RESULTS, BatchOptions, prepare_output, run_here
+    from varedit.editing.edit import Settings
     from varedit.editing.jobs import read_jobs
 
+    if jobs.resolve() == (output / RESULTS).resolve():
+        raise ValueError(f"--output {str(output)!r} would replace the list {str(jobs)!r} itself; name another")
     listed = read_jobs(jobs, instruction=instruction, seed=seed)
     if jobs.is_dir() and output.resolve() == jobs.resolve():
         raise ValueError(f"--output {str(output)!r} is the folder of the pictures itself; name another")
 
-    from varedit.editing.batch import BatchOptions, prepare_output, run_here
-    from varedit.editing.edit import Settings
-
     settings = Settings(
-        guidance_scale, temperature, top_p, size, fit, preserve, lock=lock, mask_margin=mask_margin, crop=crop
+        guidance_scale, temperature, top_p, size, fit, preserve, strength, lock=lock, mask_margin=mask_margin, crop=crop
     )
     how = BatchOptions(model, device, dtype, settings, batch_size, workers, threads, overwrite=overwrite)
     run = run_here

@@ -33,7 +33,8 @@ def synth(
     from varedit.data.synthetic import write_world
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with data_commands.writing(output), bar as progress:
         task = progress.add_task("pairs", total=count)
         written = write_world(
             output,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +27,25 @@ Format = Annotated[
 MaxSkipped = Annotated[float, typer.Option(help="Largest fraction of pairs that may be unreadable.", min=0.0, max=1.0)]
 
 
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Say in one line what the disk refuses: a file in the way, no permission, no room."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or output} cannot be read or written ({error.strerror or error}): "
+            "make room, or name another place"
+        ) from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse before the work is done, not after, what cannot be written as a file."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{path} cannot be written: name a new file in a folder that can be written to")
+
+
 @app.command()
 def lint(
     source: Source,
@@ -43,11 +65,15 @@ def lint(
 
     if language not in (*LANGUAGES, "any"):
         raise ValueError(f"language {language!r} is unknown: use one of {', '.join(LANGUAGES)}, or any")
+    for path in (report, html):
+        if path is not None:
+            _check_file(path)
     options = LintOptions(min_side=min_side, language=None if language == "any" else language)
-    found = lint(read(source, format), options)
-    write_json(found, source, report)
-    if html is not None:
-        write_html(found, source, html)
+    with writing(report):
+        found = lint(read(source, format), options)
+        write_json(found, source, report)
+        if html is not None:
+            write_html(found, source, html)
     counts = ", ".join(f"{check} {count}" for check, count in found.counts.items())
     typer.echo(
         f"{report}: {found.num_pairs} pairs, {found.num_flagged} with findings{f' ({counts})' if counts else ''}"
@@ -114,14 +140,14 @@ def pack(  # noqa: PLR0913 - one argument an option
         encoder = FeatureEncoder(
             features, text_encoder, sizes=feature_size or [size], fit=feature_fit, dtype=feature_dtype
         )
-    found = pack(
-        items, output, source=name, size=size, records_per_shard=records_per_shard, max_skipped=max_skipped,
-        features=encoder,
-    )  # fmt: skip
-    if complete:
-        wrong = verify(output)
-        if wrong:
-            raise ValueError(f"{'; '.join(wrong)}: pack into an empty folder")
+    with writing(output):
+        found = pack(
+            items, output, source=name, size=size, records_per_shard=records_per_shard, max_skipped=max_skipped,
+            features=encoder,
+        )  # fmt: skip
+        wrong = verify(output) if complete else []
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}: pack into an empty folder")
     again = f", {found.reused} of them there before" if found.reused else ""
     checked = ", checksums hold" if complete else ""
     typer.echo(f"{output}: {found.num_pairs} pairs in {len(found.shards)} shards{again}{checked}")
@@ -162,13 +188,14 @@ def filter(
     from varedit.data.readers import read
 
     client = JudgeClient(judge_url, judge_model)
+    _check_file(output)
     expected = estimate(read(source, format), output, price_in=price_in, price_out=price_out)
     typer.echo(f"estimate: {expected}", err=True)
     if dry_run:
         return
     _refuse_surprises(expected, max_cost, yes)
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with writing(output), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("pairs", total=expected.num_calls)
         report = judge_pairs(
             read(source, format),

@@ -1,5 +1,6 @@
 """`varedit edit`: one image, one instruction, one file."""
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,10 +37,13 @@ def edit(  # noqa: PLR0913 - one argument an option
     dtype: options.Dtype = None,
     mask: options.Mask = None,
     box: options.Box = None,
+    polygon: options.Polygon = None,
+    mask_convention: options.MaskConvention = "white",
     mask_margin: options.MaskMargin = 0,
     lock: options.Lock = "mask",
     crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
+    strength: options.Strength = 1.0,
     change_map: Annotated[
         Path | None, typer.Option(help="Write a picture of where the edit changed something.", show_default=False)
     ] = None,
@@ -50,20 +54,26 @@ def edit(  # noqa: PLR0913 - one argument an option
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")] = False,
 ) -> None:
     """Edit IMAGE by an INSTRUCTION: varedit edit photo.jpg "make it black and white"."""
+    from varedit.editing.best_of import check_num_candidates
     from varedit.editing.edit import Settings
     from varedit.image_processor import load_image
 
     # Everything that can be refused is refused before the model is loaded.
     options.check_request(instruction, seed)
+    check_num_candidates(best_of)
     source = load_image(image)
     target = output or default_output(image)
     check_outputs(target, change_map, overwrite=overwrite, manifest=not no_manifest)
+    if change_map is not None and os.path.realpath(change_map) in {
+        os.path.realpath(path) for path in (image, mask) if path
+    }:
+        raise ValueError(f"--change-map {str(change_map)!r} is an input of the edit; name another file")
     if preserve == "off" and change_map is not None:
         raise ValueError("--change-map needs a change map, which --preserve off does not make; drop one of them")
     settings = Settings(
-        guidance_scale, temperature, top_p, size, fit, preserve, lock=lock, mask_margin=mask_margin, crop=crop
+        guidance_scale, temperature, top_p, size, fit, preserve, strength, lock=lock, mask_margin=mask_margin, crop=crop
     )
-    area = options.edit_area(mask, box, (source.width, source.height), mask_margin)
+    area = options.edit_area((source.width, source.height), mask, box, polygon, mask_convention, mask_margin)
 
     started = time.monotonic()
     pipeline = load_model(model, device, dtype)
@@ -92,10 +102,10 @@ def check_outputs(target: Path, change_map: Path | None, *, overwrite: bool, man
     from varedit.image_writer import check_output
 
     paths = [path for path in (target, change_map) if path is not None]
-    if len({path.absolute() for path in paths}) < len(paths):
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise ValueError(f"the edit and its change map would both be written to {str(target)!r}; name two files")
     for path in paths:
-        if path.exists() and not overwrite:
+        if os.path.exists(path) and not overwrite:  # unlike Path.exists it bears names that are too long
             raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or another name")
         check_output(path, overwrite=overwrite)
     if manifest:
@@ -119,9 +129,14 @@ def describe(result: "EditResult") -> list[str]:
             f"{motion.zoom:.3f}; {what}"
         )
     mean, share = amount_changed(result.source.rgb, result.image)
-    kind = f"{result.change_map.kind} change; " if result.change_map else ""
+    kind = f"{kind_of_change(result.change_map.kind)}; " if result.change_map else ""
     lines.append(f"{kind}changed by {mean:.1f} of 255 levels on average; {share:.0%} of the pixels noticeably")
     return lines
+
+
+def kind_of_change(kind: str) -> str:
+    """Of a change map, in words: "no change", "local change" or "global change"."""
+    return f"{'no' if kind == 'none' else kind} change"
 
 
 def _edit(

@@ -50,7 +50,7 @@ def run(  # noqa: PLR0913 - one argument an option
         list[str] | None, typer.Option(help="ROLE=NAME: another network or folder as clip, dino or structure.")
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="OpenAI-style endpoint of a judge, up to /v1.")] = None,
-    judge_model: Annotated[str, typer.Option(help="The judge's model.")] = "gpt-4o",
+    judge_model: Annotated[str | None, typer.Option(help="The judge's model.", show_default="gpt-4o")] = None,
     judge_rules: Annotated[
         str | None, typer.Option(help="paper, viescore or imgedit.", show_default="the benchmark's")
     ] = None,
@@ -65,7 +65,9 @@ def run(  # noqa: PLR0913 - one argument an option
     workers: Annotated[int, typer.Option(help="Cases at once, for endpoints, commands and the judge.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Cases in one call of our own pipeline.")] = 8,
     shard: Annotated[str, typer.Option(help="I/N: generate only this part; score when all parts are done.")] = "0/1",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.", show_default="the best at hand")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps.", show_default="the best at hand; for scores the CPU")
+    ] = None,
 ) -> None:
     """Generate what is missing, then score: writes OUTPUT/scores.json."""
     from varedit.data.judge_client import JudgeClient
@@ -81,14 +83,17 @@ def run(  # noqa: PLR0913 - one argument an option
     for name, value in (("workers", workers), ("batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}: use at least 1")
+    for name, given in (("model", judge_model), ("rules", judge_rules), ("prices", judge_prices)):
+        if given is not None and judge_url is None:
+            raise ValueError(f"--judge-{name} {given} means nothing without a judge; add --judge-url")
     cases = load(benchmark, data, size=size, limit=limit, options=_pairs("reader", reader))
-    names = cases.metrics if metrics is None else tuple(name for name in metrics.split(",") if name not in ("", "none"))
+    names = cases.metrics if metrics is None else _names(metrics)
     models = backbones_of(cases.name, device or "cpu", preprocessing, _pairs("network", network))
     scores.check_metrics(names, models)
     judge = None
     if judge_url is not None:
         rules = judge_rules or default_rules(cases.name)
-        client = JudgeClient(judge_url, judge_model, judge_temperature)
+        client = JudgeClient(judge_url, "gpt-4o" if judge_model is None else judge_model, judge_temperature)
         judge = Judge(Chat(client, output / "judge", budget=budget), rules, judge_repeats)
     if not names and judge is None:
         raise ValueError(f"{benchmark} is scored by a judge: give --judge-url, or choose --metrics")
@@ -105,11 +110,17 @@ def run(  # noqa: PLR0913 - one argument an option
         return
     if judge is not None:
         typer.echo(judge.estimate(cases, output), err=True)
-        judge.prepare(cases, output, workers)
+        with _progress("judge", cases) as step:
+            judge.prepare(cases, output, workers, on_case=step)
         typer.echo(judge.chat.account(), err=True)
     with _progress("score", cases) as step:
         result = scores.score(cases, output, names, models, judge, on_case=step)
     _show(result, output)
+
+
+def _names(metrics: str) -> tuple[str, ...]:
+    found = (name.strip() for name in metrics.split(","))
+    return tuple(name for name in found if name not in ("", "none"))
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -25,11 +25,18 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same edit.", show_def
 Preserve = Annotated[
     Literal["exact", "blend", "off"], typer.Option(help="What becomes of pixels that the edit did not change.")
 ]
+Strength = Annotated[float, typer.Option(help="Of --preserve, from 0, as the model drew it, to 1.")]
 Mask = Annotated[
     Path | None, typer.Option(help="Picture of the area to edit: white = edit here.", show_default="everywhere")
 ]
 Box = Annotated[
     str | None, typer.Option(help="X,Y,WIDTH,HEIGHT of the area to edit, in pixels.", show_default="everywhere")
+]
+Polygon = Annotated[
+    str | None, typer.Option(help="'X,Y X,Y X,Y ...': corners of the area to edit.", show_default="everywhere")
+]
+MaskConvention = Annotated[
+    Literal["white", "transparent"], typer.Option(help="Which pixels of --mask are to be edited.")
 ]
 MaskMargin = Annotated[int, typer.Option(help="Grow the area by so many pixels, so that nothing is cut off.")]
 Lock = Annotated[
@@ -52,14 +59,27 @@ def check_request(instruction: str, seed: int | None) -> None:
         check_seed(seed)
 
 
-def edit_area(mask: Path | None, box: str | None, size: tuple[int, int], mask_margin: int = 0) -> "Image.Image | None":
-    """The mask of --mask or --box at the image's size (width, height); None lets the edit go everywhere."""
-    from varedit.editing.mask import box_mask, image_mask, parse_box
+def edit_area(
+    size: tuple[int, int],
+    mask: Path | None,
+    box: str | None,
+    polygon: str | None,
+    convention: Literal["white", "transparent"] = "white",
+    mask_margin: int = 0,
+) -> "Image.Image | None":
+    """The mask of --mask, --box or --polygon at the image's size (width, height); None lets the edit go everywhere."""
+    from varedit.editing.mask import box_mask, image_mask, parse_box, parse_polygon, polygon_mask
 
-    if mask is not None and box is not None:
-        raise ValueError("--mask and --box both say where to edit; pass one of them")
-    if mask_margin and mask is None and box is None:
-        raise ValueError(f"--mask-margin {mask_margin} grows the area of --mask or --box; pass one of them too")
+    areas = {"--mask": mask, "--box": box, "--polygon": polygon}
+    given = [name for name, value in areas.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both say where to edit; pass one of them")
+    if mask_margin and not given:
+        raise ValueError(f"--mask-margin {mask_margin} grows the area of {', '.join(areas)}; pass one of them too")
+    if convention != "white" and mask is None:
+        raise ValueError(f"--mask-convention {convention} is about --mask; pass a mask too")
     if box is not None:
         return box_mask(parse_box(box), size)
-    return image_mask(mask, size) if mask is not None else None
+    if polygon is not None:
+        return polygon_mask(parse_polygon(polygon), size)
+    return image_mask(mask, size, convention) if mask is not None else None

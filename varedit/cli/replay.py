@@ -1,5 +1,6 @@
 """`varedit replay`: make an edit again, or say what differs."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,7 +44,7 @@ def replay(
 
     Exit code 0: the same picture; 1: it differs, or could not be made again, and why; 2: bad input.
     """
-    if file.is_dir():
+    if os.path.isdir(file):  # unlike Path.is_dir it bears names that are too long
         if input or mask or output:
             raise ValueError("a session has its own inputs; --input, --mask and --output go with a single picture")
         _replay_session(file, model, device, dtype)

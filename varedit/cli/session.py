@@ -31,6 +31,8 @@ def edit(  # noqa: PLR0913 - one argument an option
     instruction: Annotated[str, typer.Argument(help="What to change, in words.", show_default=False)],
     mask: options.Mask = None,
     box: options.Box = None,
+    polygon: options.Polygon = None,
+    mask_convention: options.MaskConvention = "white",
     model: options.Model = None,
     seed: options.Seed = None,
     guidance_scale: options.GuidanceScale = None,
@@ -42,6 +44,7 @@ def edit(  # noqa: PLR0913 - one argument an option
     lock: options.Lock = "mask",
     crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
+    strength: options.Strength = 1.0,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
@@ -50,15 +53,15 @@ def edit(  # noqa: PLR0913 - one argument an option
 
     session = Session.open(folder)
 
-    from varedit.cli.edit import load_model, report_scale
+    from varedit.cli.edit import kind_of_change, load_model, report_scale
     from varedit.editing.edit import Settings
 
     options.check_request(instruction, seed)
     source = session.image()
     settings = Settings(
-        guidance_scale, temperature, top_p, size, fit, preserve, lock=lock, mask_margin=mask_margin, crop=crop
+        guidance_scale, temperature, top_p, size, fit, preserve, strength, lock=lock, mask_margin=mask_margin, crop=crop
     )
-    area = options.edit_area(mask, box, (source.width, source.height), mask_margin)
+    area = options.edit_area((source.width, source.height), mask, box, polygon, mask_convention, mask_margin)
     step = session.edit(
         load_model(model, device, dtype),
         instruction,
@@ -68,7 +71,9 @@ def edit(  # noqa: PLR0913 - one argument an option
         callback_on_scale=report_scale,
     )
     change = step.manifest.change
-    changed = f", {change['kind']} change of {change['area']:.0%} of the picture" if change else ""
+    changed = f", {kind_of_change(change['kind'])}" if change else ""
+    if change and change["kind"] != "none":
+        changed += f" of {change['area']:.0%} of the picture"
     typer.echo(f"{folder}: step {step.number} from {step.parent}, seed {step.seed}{changed}")
 
 
@@ -88,7 +93,7 @@ def branch(
     """Go to any step; the next edit branches off there."""
     from varedit.editing.session import Session
 
-    Session.open(folder).branch(step)
+    Session.open(folder, any_head=True).branch(step)
     typer.echo(f"{folder}: at step {step}")
 
 

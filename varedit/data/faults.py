@@ -41,11 +41,13 @@ class Skipped:
         origin: File and line, member or row.
         fault: One of `FAULTS`.
         detail: What exactly, in words.
+        num_pairs: How many pairs are lost with it, as far as the index of the shards tells.
     """
 
     origin: str
     fault: Fault
     detail: str
+    num_pairs: int = 1
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.fault}: {self.detail}"
@@ -145,14 +147,22 @@ def checked_record(
 
 @dataclass
 class Tally:
-    """How many pairs were read, and what was skipped, by name."""
+    """How many pairs were read, how many were skipped by the name of the fault, and in how many items."""
 
     num_records: int = 0
     faults: Counter[str] = field(default_factory=Counter)
+    num_faulty: int = 0
 
     @property
     def num_skipped(self) -> int:
         return self.faults.total()
+
+    def skip(self, item: Skipped) -> None:
+        """Count a fault, and name it in the log if it is one of the first."""
+        self.faults[item.fault] += item.num_pairs
+        self.num_faulty += 1
+        if self.num_faulty <= LOGGED:
+            logger.warning("skipped %s", item)
 
     def summary(self) -> str:
         """One line, such as "98 pairs, 2 skipped (missing image 1, not UTF-8 1)"."""
@@ -179,23 +189,22 @@ def skip_faults(
     tally = tally if tally is not None else Tally()
     for item in items:
         if isinstance(item, Skipped):
-            tally.faults[item.fault] += 1
-            if tally.num_skipped <= LOGGED:
-                logger.warning("skipped %s", item)
-            if tally.num_records + tally.num_skipped >= MIN_ITEMS:
-                _refuse_above(max_skipped, tally)
+            tally.skip(item)
+            # A shard that is missing early on is a large fraction of what was seen, but not of the source.
+            if tally.num_records + tally.num_faulty >= MIN_ITEMS:
+                _refuse_above(max_skipped, tally, tally.num_faulty)
         else:
             tally.num_records += 1
             yield item
     if tally.num_records + tally.num_skipped == 0:
         raise ValueError("the source holds no pairs: check its path, or name its format")
-    _refuse_above(max_skipped, tally)
+    _refuse_above(max_skipped, tally, tally.num_skipped)
     if tally.faults:
         logger.warning("%s", tally.summary())
 
 
-def _refuse_above(max_skipped: float, tally: Tally) -> None:
-    fraction = tally.num_skipped / (tally.num_records + tally.num_skipped)
+def _refuse_above(max_skipped: float, tally: Tally, num_skipped: int) -> None:
+    fraction = num_skipped / (tally.num_records + num_skipped)
     if fraction > max_skipped:
         raise ValueError(
             f"{tally.summary()}: {fraction:.0%} is more than max_skipped {max_skipped:.0%}; "

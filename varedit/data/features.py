@@ -137,11 +137,13 @@ def model_sha256(module: nn.Module) -> str:
 
 def load_image_tokenizer(source: str) -> VAREditImageTokenizer:
     """The image tokenizer, float32 and frozen, of a model folder or of a folder of its own. Raises ValueError."""
+    if not Path(source).is_dir():  # diffusers would look for it on the hub
+        raise ValueError(f"no image tokenizer in {source!r}: no such folder; train or convert one first")
     diffusers.utils.logging.disable_progress_bar()
     subfolder = "image_tokenizer" if Path(source, "model_index.json").is_file() else None
     try:
         tokenizer = VAREditImageTokenizer.from_pretrained(source, subfolder=subfolder, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"no image tokenizer in {source!r}: {str(error).strip().splitlines()[0]}") from error
     return tokenizer.requires_grad_(False).eval()
 
@@ -151,10 +153,12 @@ def load_text_encoder(source: str, dtype: torch.dtype) -> tuple:
     transformers.utils.logging.disable_progress_bar()
     inside = Path(source, "model_index.json").is_file()
     places = [str(Path(source, name)) if inside else source for name in ("tokenizer", "text_encoder")]
+    if Path(places[1]).is_dir() and not Path(places[1], "config.json").is_file():
+        raise ValueError(f"no text encoder in {source!r}: it holds no config.json; give a folder or hub name of one")
     try:
         tokenizer = AutoTokenizer.from_pretrained(places[0])
         encoder, loading = AutoModelForTextEncoding.from_pretrained(places[1], dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no text encoder in {source!r}: {str(error).strip().splitlines()[0]}") from error
     wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if wrong:

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from varedit.data.faults import FaultError, Skipped, image_hw, pixels_of
-from varedit.data.judge_client import JudgeClient, image_part, json_answer
+from varedit.data.judge_client import ANSWER_TOKENS, JudgeClient, estimate_tokens, image_part, json_answer
 from varedit.data.record import Picture, Record
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,6 @@ REMINDER = (
 MAX_ASKS = 2  # for one pair, if the first answer makes no sense
 MAX_SIDE = 768  # pixels; pictures are sent no larger
 QUALITY = 92  # of the JPEG that is sent: artefacts must be those of the pair
-TOKEN_PIXELS = 28  # side of the picture area that a judge model sees as one token, typically
-CHARACTERS_PER_TOKEN = 4.0
-ANSWER_TOKENS = 80
 NUM_LOCKS = 4096
 
 
@@ -138,8 +135,7 @@ def estimate(
             continue
         num_calls += 1
         characters = len(SYSTEM) + len(QUESTION) + len(item.instruction)
-        prompt += math.ceil(characters / CHARACTERS_PER_TOKEN)
-        prompt += sum(_image_tokens(picture) for picture in (item.source, item.target))
+        prompt += estimate_tokens(characters, _sent_sizes(item))
     answers = num_calls * ANSWER_TOKENS
     cost = None
     if price_in is not None or price_out is not None:
@@ -209,11 +205,15 @@ def read_verdicts(path: Path) -> dict[int, Verdict]:
     """
     if not path.exists():
         return {}
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"verdicts {path} cannot be read ({error}): name another file") from error
     found = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), 1):
+    for number, line in enumerate(lines, 1):
         try:
             verdict = Verdict(**json.loads(line))
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError, TypeError) as error:
             if not line.endswith("\n"):
                 continue
             raise ValueError(f"{path} line {number} is no verdict ({error}): name another output") from error
@@ -375,13 +375,15 @@ def _sent(picture: Picture) -> bytes:
     return stream.getvalue()
 
 
-def _image_tokens(picture: Picture) -> int:
-    try:
-        height, width = image_hw(picture)
-    except FaultError:
-        return 0
-    scale = min(1.0, MAX_SIDE / max(height, width))
-    return math.ceil(height * scale / TOKEN_PIXELS) * math.ceil(width * scale / TOKEN_PIXELS)
+def _sent_sizes(record: Record) -> Iterator[tuple[int, int]]:
+    """Height and width of the two pictures as they are sent; one that cannot be read is not sent."""
+    for picture in (record.source, record.target):
+        try:
+            height, width = image_hw(picture)
+        except FaultError:
+            continue
+        scale = min(1.0, MAX_SIDE / max(height, width))
+        yield math.ceil(height * scale), math.ceil(width * scale)
 
 
 def _why(verdict: Verdict) -> str:

@@ -19,6 +19,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+ANSWER_TOKENS = 80
+"""Of an answer, as a rule: some numbers or flags and a sentence."""
+
 KEY_VARIABLES = ("VAREDIT_JUDGE_API_KEY", "OPENAI_API_KEY")
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 
@@ -177,7 +180,7 @@ def json_answer(text: str) -> dict[str, Any] | None:
     while position >= 0:
         try:
             value, stop = decoder.raw_decode(text, position)
-        except ValueError:
+        except (ValueError, RecursionError):
             stop = position + 1
         else:
             found = value if isinstance(value, dict) else found

@@ -20,7 +20,7 @@ from PIL import Image
 from varedit import __version__
 from varedit.data.faults import MAX_SKIPPED, Skipped, Tally, image_hw, skip_faults
 from varedit.data.record import READ_ERRORS, Encoded, Picture, Record, open_picture, upright_pixels
-from varedit.data.shards import FEATURES, INDEX, LAYOUT, is_packed
+from varedit.data.shards import FEATURES, INDEX, LAYOUT, is_packed, packed_index
 from varedit.image_reader import load_image
 from varedit.scales import SIZES, nearest_schedule
 
@@ -134,13 +134,13 @@ def verify(folder: Path) -> list[str]:
     if not is_packed(folder):
         raise ValueError(f"{folder} holds no complete {INDEX}: pack into it first")
     wrong = []
-    for shard in json.loads((folder / INDEX).read_text("utf-8"))["shards"]:
+    for shard in packed_index(folder)["shards"]:
         path = folder / shard["file"]
         if not path.exists():
             wrong.append(f"{path} is missing")
             continue
         with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != shard["sha256"]:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != shard.get("sha256"):
                 wrong.append(f"{path} does not have the checksum in {INDEX}")
     return wrong
 
@@ -321,17 +321,22 @@ def _continue_journal(output: Path, settings: dict[str, Any]) -> list[Shard]:
     path = output / JOURNAL
     for partial in output.glob("*.tar.partial"):
         partial.unlink()
-    if not path.exists():
-        if any(output.glob("*.tar")):
-            raise ValueError(f"{output} holds tar files of another origin: choose an empty folder")
+    # Without a shard and an index nothing was packed yet: the journal of an attempt that failed binds to nothing.
+    if not any(output.glob("*.tar")) and not (output / INDEX).exists():
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
         return []
-    header, *lines = path.read_text("utf-8").splitlines(keepends=True)
-    if json.loads(header) != settings:
+    if not path.exists():
+        raise ValueError(f"{output} holds tar files of another origin: choose an empty folder")
+    try:
+        header, *lines = path.read_text("utf-8").splitlines(keepends=True)
+        before = json.loads(header)
+        shards = [Shard(**json.loads(line)) for line in lines if line.endswith("\n")]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): choose an empty folder") from error
+    if before != settings:
         raise ValueError(f"{output} was packed with {header.strip()}: use the same, or choose an empty folder")
-    shards = [Shard(**json.loads(line)) for line in lines if line.endswith("\n")]
     if lines and not lines[-1].endswith("\n"):  # torn by a crash: its shard is packed again
         path.write_text("".join([header, *lines[:-1]]), encoding="utf-8")
     for shard in shards:

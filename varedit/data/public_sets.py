@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from varedit.data.archives import Pictures
@@ -229,7 +229,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]] | Skipped]:
                 yield origin, row
             except FaultError as error:
                 yield Skipped(origin, error.fault, str(error))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Skipped(origin, "bad row", f"no JSON: {error}")
 
 
@@ -319,7 +319,8 @@ def read_imgedit(source: Path) -> Iterator[Item]:
         turns = row["data"] if "data" in row else [row]
         for number, turn in enumerate(turns or [], 1):
             origin = f"imgedit {place}" + (f" turn {number}" if "data" in row else "")
-            yield _imgedit_pair(origin, turn, task, {"turn": number} if "data" in row else {}, pictures)
+            found = turn if isinstance(turn, dict) else {}
+            yield _imgedit_pair(origin, found, task, {"turn": number} if "data" in row else {}, pictures)
     yield from pictures.faults
     pictures.close()
 
@@ -338,20 +339,35 @@ def read_instructpix2pix_folders(source: Path) -> Iterator[Item]:
     """InstructPix2Pix as generated: `<prompt>/prompt.json`, `<seed>_0.jpg` and `<seed>_1.jpg`, with `seeds.json`."""
     try:
         seeds = json.loads((source / "seeds.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{source / 'seeds.json'} cannot be read: {error}") from error
+    if not isinstance(seeds, list):
+        raise ValueError(f"{source / 'seeds.json'} is no list of names and seeds: check it, or name another format")
     pictures = Pictures(source)
-    for name, numbers in seeds:
+    for place, entry in enumerate(seeds):
         try:
-            prompt = json.loads(text_of((source / name / "prompt.json").read_bytes(), "prompt.json"))
+            name, numbers, prompt = _prompt(source, entry)
         except FaultError as error:
-            yield Skipped(f"instructpix2pix {name}", error.fault, str(error))
-            continue
-        except (OSError, ValueError) as error:
-            yield Skipped(f"instructpix2pix {name}", "bad row", f"prompt.json: {error}")
+            yield Skipped(f"instructpix2pix seeds.json {place}", error.fault, str(error))
             continue
         extra = {"original_prompt": prompt.get("input", ""), "edited_prompt": prompt.get("output", "")}
         for seed in numbers:
             row = {"0": f"{name}/{seed}_0.jpg", "1": f"{name}/{seed}_1.jpg", "edit": prompt.get("edit")}
             origin = f"instructpix2pix {name}/{seed}"
             yield _named_pair(origin, row, "0", "1", "edit", pictures, UNKNOWN_LICENCE, extra)
+
+
+def _prompt(source: Path, entry: Any) -> tuple[str, list[Any], dict[str, Any]]:
+    """Folder, seeds and prompt.json of an entry of seeds.json. Raises FaultError."""
+    name, numbers = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    if not isinstance(name, str) or not isinstance(numbers, list):
+        raise FaultError("bad row", f"{entry!r} is not a name and its seeds")
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise FaultError("bad row", f"path {name!r} leaves the folder: use a path relative to it")
+    try:
+        prompt = json.loads(text_of((source / name / "prompt.json").read_bytes(), f"{name}/prompt.json"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FaultError("bad row", f"{name}/prompt.json: {error}") from error
+    if not isinstance(prompt, dict):
+        raise FaultError("bad row", f"{name}/prompt.json is no JSON object")
+    return name, numbers, prompt

@@ -180,7 +180,7 @@ def read_folder(folder: Path) -> Iterator[Record]:
                 continue
             try:
                 yield _read_one(json.loads(line), folder)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise ValueError(f"{index} line {number} is no record: {error}") from error
 
 

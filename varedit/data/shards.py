@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import BinaryIO
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 
 from varedit.data.archives import PICTURE_SUFFIXES, tar_members
-from varedit.data.faults import FaultError, Skipped, checked_record, text_of
+from varedit.data.faults import FaultError, Skipped, checked_record, text_of, texts_of
 from varedit.data.record import Encoded, Record
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,25 @@ def is_packed(folder: Path) -> bool:
     """True for a folder that `pack` completed."""
     try:
         return json.loads((folder / INDEX).read_text("utf-8")).get("layout") == LAYOUT
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         return False
+
+
+def packed_index(folder: Path) -> dict[str, Any]:
+    """The index of a folder that `is_packed`.
+
+    Raises:
+        ValueError: It does not list shards, or one outside of the folder.
+    """
+    index = json.loads((folder / INDEX).read_text("utf-8"))
+    try:
+        files = [str(shard["file"]) for shard in index["shards"] if int(shard["count"]) >= 0]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / INDEX} lists no shards: pack the pairs again") from error
+    for file in files:
+        if PurePath(file).name != file:
+            raise ValueError(f"{folder / INDEX} names {file!r}, which leaves the folder: pack the pairs again")
+    return index
 
 
 def released_index(path: Path) -> list[tuple[str, int, int]] | None:
@@ -45,12 +63,26 @@ def released_index(path: Path) -> list[tuple[str, int, int]] | None:
 
 def read_packed(folder: Path) -> Iterator[Item]:
     """A folder that `pack` completed, in the order of its index."""
-    for shard in json.loads((folder / INDEX).read_text("utf-8"))["shards"]:
-        path = folder / shard["file"]
-        if path.exists():
-            yield from read_shard(path)
-        else:
-            yield Skipped(str(path), "missing shard", f"{shard['count']} pairs")
+    for shard in packed_index(folder)["shards"]:
+        path, num_left = folder / shard["file"], int(shard["count"])
+        if not path.exists():
+            yield missing_shard(path, num_left)
+            continue
+        for item in read_shard(path):
+            yield with_lost_pairs(item, num_left)
+            num_left -= 1
+
+
+def missing_shard(path: Path, num_pairs: int) -> Skipped:
+    """What is yielded for a shard that the index names and that is not there."""
+    return Skipped(str(path), "missing shard", f"{num_pairs} pairs", max(1, num_pairs))
+
+
+def with_lost_pairs(item: Item, num_left: int) -> Item:
+    """An item of a shard; where the shard breaks off, it counts for the `num_left` pairs that the index promises."""
+    if isinstance(item, Skipped) and item.fault == "truncated shard":
+        return replace(item, num_pairs=max(1, num_left))
+    return item
 
 
 def read_released(source: Path) -> Iterator[Item]:
@@ -71,7 +103,8 @@ def read_released(source: Path) -> Iterator[Item]:
         for number in range(num_shards):
             shard = f"wds_{name}_{number:04d}.tar"
             if shard not in found:
-                yield Skipped(str(folder / shard), "missing shard", f"one of {num_shards} of {name}")
+                lost = max(1, count // num_shards)
+                yield Skipped(str(folder / shard), "missing shard", f"one of {num_shards} of {name}", lost)
                 continue
             for item in read_shard(found[shard]):
                 num_read += isinstance(item, Record)
@@ -131,24 +164,34 @@ def read_sample(path: Path, key: str, parts: dict[str, bytes]) -> Item:
         for side in ("src", "tgt"):
             if pictures[side] is None:
                 raise FaultError("missing image", f"no {side} picture")
-        if "txt" not in parts and "json" not in parts:
+        row = _row(parts)
+        instructions = row.get("instructions") or parts.get("txt")
+        if instructions is None:
             raise FaultError("bad row", "no txt")
-        row = json.loads(text_of(parts["json"], "json")) if "json" in parts else {}
-        fields = {name: row[name] for name in ("edit_type", "licence", "extra") if name in row}
-        instructions = tuple(row.get("instructions") or (text_of(parts["txt"], "txt"),))
         assert pictures["src"] is not None and pictures["tgt"] is not None
         return checked_record(
             pictures["src"],
             pictures["tgt"],
-            instructions,
-            row.get("origin") or place,
+            texts_of(instructions),
+            text_of(row.get("origin") or place, "origin"),
             mask=pictures["mask"],
-            **fields,
+            edit_type=text_of(row.get("edit_type") or "", "edit_type"),
+            licence=text_of(row.get("licence") or "", "licence"),
+            extra=row.get("extra") or {},
         )
     except FaultError as error:
         return Skipped(place, error.fault, str(error))
-    except ValueError as error:
-        return Skipped(place, "bad row", f"json: {error}")
+
+
+def _row(parts: dict[str, bytes]) -> dict[str, Any]:
+    """What a sample's json says; empty without one. Raises FaultError."""
+    try:
+        row = json.loads(text_of(parts["json"], "json")) if "json" in parts else {}
+    except (ValueError, RecursionError) as error:
+        raise FaultError("bad row", f"json: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("extra") or {}, dict):
+        raise FaultError("bad row", "json is no object, or its extra is none")
+    return row
 
 
 def _side(place: str, side: str, parts: dict[str, bytes]) -> Encoded | None:

@@ -34,7 +34,7 @@ from varedit.editing.manifest import (
     side_file,
 )
 from varedit.editing.mask import image_mask
-from varedit.editing.weights import ModelIdentity, identify, identify_folder
+from varedit.editing.weights import ModelIdentity, identify, identify_folder, model_defaults
 from varedit.image_processor import load_image
 from varedit.pipeline import VAREditPipeline, load_pipeline
 
@@ -89,11 +89,11 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
             folder cannot be written.
     """
     results = folder / RESULTS
-    inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path}
-    for job in jobs:
-        if (folder / job.output).resolve() in inputs:
-            raise ValueError(f"output {str(folder / job.output)!r} is an input of the batch; use another folder")
     try:
+        inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path}
+        for job in jobs:
+            if (folder / job.output).resolve() in inputs:
+                raise ValueError(f"output {str(folder / job.output)!r} is an input of the batch; use another folder")
         folder.mkdir(parents=True, exist_ok=True)
         if results.exists() and not resume:
             if not options.overwrite:
@@ -102,15 +102,16 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
         done = _finished(folder, jobs, options) if resume else set()
         for left in folder.rglob(TEMPORARY) if resume else ():
             left.unlink()
+        todo = [job for job in jobs if job.output not in done]
+        for job in todo:
+            target = folder / job.output
+            embedded = target.suffix.lower() in EMBEDDING_SUFFIXES
+            for path in (target,) if embedded else (target, side_file(target)):
+                if path.exists() and not options.overwrite and not (resume and _is_leftover(path, job)):
+                    raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or use another folder")
     except OSError as error:
-        raise ValueError(f"the output folder {str(folder)!r} cannot be used ({error.strerror})") from error
-    todo = [job for job in jobs if job.output not in done]
-    for job in todo:
-        target = folder / job.output
-        embedded = target.suffix.lower() in EMBEDDING_SUFFIXES
-        for path in (target,) if embedded else (target, side_file(target)):
-            if path.exists() and not options.overwrite and not (resume and _is_leftover(path, job)):
-                raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or use another folder")
+        where = f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+        raise ValueError(f"the output folder {str(folder)!r} cannot be used ({where})") from error
     return todo
 
 
@@ -118,12 +119,20 @@ def _finished(folder: Path, jobs: list[Job], options: BatchOptions) -> set[str]:
     """Outputs that the record says are done, and that still are what it says."""
     records = {record["output"]: record for record in read_results(folder)}
     model = identify_folder(options.model)
-    for record in records.values():
-        if record["status"] == "ok" and record["settings"] != options.settings.to_json():
+    defaults = model_defaults(options.model)
+    for record in (record for record in records.values() if record["status"] == "ok"):
+        if not _same_settings(record["settings"], options.settings.to_json(), defaults):
             raise ValueError(f"{str(folder)!r} was begun with other settings; repeat them, or start anew elsewhere")
-        if record["status"] == "ok" and model and record["model"] != model.sha256:
+        # Earlier versions recorded no configuration.
+        if model and (record["model"] != model.sha256 or record.get("configs", model.configs) != model.configs):
             raise ValueError(f"{str(folder)!r} was begun with another model; name that one, or start anew elsewhere")
     return {job.output for job in jobs if job.output in records and _holds(folder, job, records[job.output])}
+
+
+def _same_settings(recorded: Any, asked: dict[str, Any], defaults: dict[str, Any]) -> bool:
+    """Records hold the model's defaults where nothing was asked; those of earlier versions hold None there."""
+    filled = {name: defaults.get(name, recorded.get(name)) if value is None else value for name, value in asked.items()}
+    return recorded in (asked, filled)
 
 
 def read_results(folder: Path) -> list[Record]:
@@ -146,7 +155,8 @@ def read_results(folder: Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or not {"output", "status", "settings", "model"} <= set(record):
+        known = isinstance(record, dict) and {"output", "status", "settings", "model"} <= set(record)
+        if not known or not isinstance(record["output"], str) or not isinstance(record["settings"], dict):
             raise ValueError(f"{str(results)!r} line {number} is damaged; remove it to do its job again")
         records.append(record)
     return records
@@ -200,21 +210,33 @@ def run_batch(
 
     Returns:
         The records, one a job, in the order of completion: job, status "ok" or "failed", error, sha256 of the file.
+
+    Raises:
+        ValueError: the model does not load, or the record cannot be written, for instance because the disk is full.
     """
     options = options or BatchOptions()
     chunks = group_jobs(jobs, options.settings.size or 512, options.batch_size)
     records = []
-    (folder / RESULTS).touch()
-    with open(folder / RESULTS, "ab") as file:
-        for done in (run or run_here)(chunks, folder, options):
-            for record in done:
-                file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                records.append(record)
-                if on_result:
-                    on_result(record)
+    _append(folder / RESULTS, b"")
+    for done in (run or run_here)(chunks, folder, options):
+        for record in done:
+            _append(folder / RESULTS, json.dumps(record).encode() + b"\n")
+            records.append(record)
+            if on_result:
+                on_result(record)
     return records
+
+
+def _append(results: Path, line: bytes) -> None:
+    try:
+        with open(results, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{str(results)!r} cannot be written ({error.strerror}); mend that and go on with --resume"
+        ) from error
 
 
 def run_here(chunks: list[list[Job]], folder: Path, options: BatchOptions) -> Iterator[list[Record]]:
@@ -321,6 +343,7 @@ class Worker:
         self.options = options
         self.pipeline: VAREditPipeline = load_pipeline(options.model, device, dtype)
         self.model: ModelIdentity = identify(self.pipeline)
+        self.settings = options.settings.resolved(self.pipeline)
 
     def __call__(self, chunk: list[Job]) -> list[Record]:
         """The records of a chunk. What fails, fails by itself, whatever the reason: else a batch would never get by."""
@@ -359,7 +382,8 @@ class Worker:
         return self._record(job) | _failure(error)
 
     def _record(self, job: Job) -> Record:
-        return _record(job, self.options) | {"model": self.model.sha256}
+        made_by = {"model": self.model.sha256, "configs": self.model.configs}
+        return _record(job, self.options) | {"settings": self.settings.to_json()} | made_by
 
 
 def _request(job: Job) -> EditRequest:

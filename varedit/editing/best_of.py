@@ -67,8 +67,7 @@ def best_of(
     Raises:
         ValueError: see `apply_edit`; also an impossible number of candidates.
     """
-    if not 1 <= num_candidates <= MAX_CANDIDATES:
-        raise ValueError(f"best of {num_candidates} is not possible; choose from 1 to {MAX_CANDIDATES}")
+    check_num_candidates(num_candidates)
     source = load_image(image)
     first = secrets.randbelow(2**31) if seed is None else seed
     check_seed(first)
@@ -78,6 +77,12 @@ def best_of(
         requests = [EditRequest(source, prompt, number, mask) for number in seeds[start : start + batch_size]]
         results += apply_edits(pipeline, requests, settings)
     return rank(results, (scorer or instruction_evidence)(pipeline, results))
+
+
+def check_num_candidates(count: int) -> None:
+    """Raise ValueError if nobody could try so many."""
+    if not 1 <= count <= MAX_CANDIDATES:
+        raise ValueError(f"best of {count} is not possible; choose from 1 to {MAX_CANDIDATES}")
 
 
 def rank(results: Sequence[EditResult], instruction_scores: Sequence[float]) -> list[Candidate]:

@@ -163,7 +163,7 @@ def local_contrast(image_HW3: np.ndarray, size: int = 5) -> np.ndarray:
     """Standard deviation in a square window, root mean square over the channels: float32 (H, W)."""
     mean = ndimage.uniform_filter(image_HW3, (size, size, 1))
     variance = ndimage.uniform_filter(np.square(image_HW3 - mean), (size, size, 1))
-    return np.sqrt(variance.mean(-1))
+    return np.sqrt(np.maximum(variance.mean(-1), 0))  # a running sum may end a little below zero
 
 
 def rms(values_HWC: np.ndarray) -> np.ndarray:

@@ -79,6 +79,10 @@ class Settings:
         check_margin(self.mask_margin)
         if not 0 <= self.strength <= 1:
             raise ValueError(f"preserve strength {self.strength} must lie between 0 and 1")
+        if self.preserve == "off" and self.strength != 1:
+            raise ValueError(
+                f"preserve strength {self.strength} means nothing with preserve off; leave one of them out"
+            )
 
     def resolved(self, pipeline: VAREditPipeline) -> "Settings":
         """The same settings with the model's own defaults filled in."""
@@ -100,7 +104,8 @@ class Settings:
         for name, value in values.items():
             if name not in known:
                 raise ValueError(f"setting {name!r} is unknown to this version; known are {', '.join(sorted(known))}")
-            wanted: tuple = (str, type(None)) if name in _WORDS else (int, float, type(None))
+            wanted: tuple = (str,) if name in _WORDS else (int, float)
+            wanted += (type(None),) if name in _MODEL_DEFAULTS else ()
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise ValueError(f"setting {name!r} has the unusable value {value!r}")
         numbers = isinstance(calibration, dict) and all(

@@ -74,7 +74,8 @@ class Evidence:
         if self.structure_lost < 0.75 and self.shift >= 2.3 and self.follows >= 0.78:
             return True
         if self.structure_lost < 0.6 and self.shift >= 1.25 and self.follows >= 0.55:
-            if self.inside >= 0.5 or self.area < 0.04:
+            # One coloured object that is gone or recoloured is a transform as well, of one place: kept local.
+            if self.spread >= 0.2 if self.inside >= 0.5 else self.area < 0.04:
                 return True
         if self.consistent < 0.7 or self.inside < 0.4 or self.spread < 0.6:
             return False

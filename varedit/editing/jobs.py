@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_jobs(source: Path, *, instruction: str | None = None, seed: int = 0) ->
     check_seed(seed)
     if instruction is not None:
         check_prompt(instruction)
-    if source.is_dir():
+    if os.path.isdir(source):  # unlike Path.is_dir it bears names that are too long
         if instruction is None:
             raise ValueError(f"a folder of pictures ({str(source)!r}) needs --instruction; or give a CSV or JSON lines")
         pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in _PICTURES and path.is_file())
@@ -77,6 +78,10 @@ def read_jobs(source: Path, *, instruction: str | None = None, seed: int = 0) ->
         text = _read_text(source)
         rows = _csv_rows(text, source) if source.suffix.lower() == ".csv" else _json_rows(text, source)
         folder = source.absolute().parent
+    rows = list(rows)
+    unused = sorted({name for _, row in rows for name in row} - set(COLUMNS))
+    if unused:
+        logger.warning("%s: columns not used: %s", source.name, ", ".join(unused))
     jobs = [_job(line, row, folder, f"{source.name} line {line}", instruction, seed) for line, row in rows]
     if not jobs:
         raise ValueError(f"there is nothing to do in {str(source)!r}: no picture, no line")
@@ -122,13 +127,12 @@ def _json_rows(text: str, source: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _job(line: int, row: dict[str, Any], folder: Path, label: str, instruction: str | None, seed: int) -> Job:
-    unknown = sorted(set(row) - set(COLUMNS))
-    if unknown:
-        logger.warning("%s: columns not used: %s", label, ", ".join(unknown))
     try:
         for name in ("image", "instruction", "mask", "output"):
             if name in row and not isinstance(row[name], str):
                 raise ValueError(f"{name} {row[name]!r} is no text")
+            if "\0" in row.get(name, ""):
+                raise ValueError(f"{name} {row[name]!r} has a null character; remove it")
         if "image" not in row:
             raise ValueError("image is missing")
         prompt = row.get("instruction", instruction)
@@ -165,7 +169,7 @@ def _writable_suffix(suffix: str) -> str:
 
 def _check_output(output: str) -> None:
     path = Path(output)
-    if path.is_absolute() or ".." in path.parts or "\0" in output or not path.name:
+    if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(f"output {output!r} must be a name below the output folder")
     if path.suffix.lower() != _writable_suffix(path.suffix).lower():
         raise ValueError(f"output {output!r} has a suffix that cannot be written; use .png")

@@ -10,9 +10,11 @@ import importlib.metadata
 import io
 import json
 import logging
+import os
 import platform
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,9 @@ class Manifest:
             width, height.
         output: sha256 (and sha256_16) of the pixels before they were encoded, sha256 of the model's bits; the box of a
             crop (left, top, right, bottom), and the motion that was found.
-        model: which weights, see `weights.identify`.
+        model: which one, see `weights.identify`. Earlier versions recorded no `configs`.
         software: versions. The bits do not depend on most of them; a replay that differs names those that differ.
-        device: kind and model of the processor, dtype of the weights.
+        device: kind and model of the processor, dtype of the weights; of a CPU also the number of threads.
         mask: sha256, box where it is a plain rectangle (left, top, width, height), name of its file; None without one.
         change: `ChangeMap.to_json`, or None.
     """
@@ -73,7 +75,7 @@ class Manifest:
     output: dict[str, Any]
     model: dict[str, Any]
     software: dict[str, str]
-    device: dict[str, str]
+    device: dict[str, Any]
     mask: dict[str, Any] | None = None
     change: dict[str, Any] | None = None
 
@@ -94,20 +96,25 @@ class Manifest:
             if not isinstance(parts["seed"], int):
                 raise ValueError(f"the seed {parts['seed']!r} is no whole number")
             check_seed(parts["seed"])
-            for name, keys in {"input": ["sha256"], "output": ["sha256"], "model": ["kind", "sha256"]}.items():
-                _check_texts(name, parts[name], keys)
+            _check_texts("input", parts["input"], ["sha256"], ["name", "sha256_16"])
+            _check_texts("output", parts["output"], ["sha256"], ["sha256_16", "bits_sha256"])
+            _check_texts("model", parts["model"], ["kind", "sha256"], ["name"])
+            _check_texts("model configs", parts["model"].get("configs") or {}, [])
             _check_texts("software", parts["software"], ["varedit"])
-            _check_texts("device", parts["device"], [])
+            _check_texts("device", parts["device"], [], ["dtype"])
             if parts["mask"] is not None:
-                _check_texts("mask", parts["mask"], ["sha256"])
+                _check_texts("mask", parts["mask"], ["sha256"], ["name"])
         except ValueError as error:
             raise ValueError(f"{label} is damaged: {error}") from None
         return cls(**parts)
 
 
-def _check_texts(name: str, table: Any, keys: list[str]) -> None:
+def _check_texts(name: str, table: Any, keys: Sequence[str], optional: Sequence[str] = ()) -> None:
     if not isinstance(table, dict) or not all(isinstance(table.get(key), str) for key in keys):
         raise ValueError(f"{name} {table!r} lacks {' or '.join(keys) or 'its table'}")
+    for key in optional:
+        if not isinstance(table.get(key), (str, type(None))):
+            raise ValueError(f"{name} has the unusable {key} {table[key]!r}")
 
 
 def make_manifest(
@@ -204,16 +211,19 @@ def software() -> dict[str, str]:
     return {"varedit": __version__, "python": platform.python_version()} | versions
 
 
-def device_of(pipeline: VAREditPipeline) -> dict[str, str]:
-    """Kind and model of the processor that a pipeline runs on, and the dtype of its weights."""
+def device_of(pipeline: VAREditPipeline) -> dict[str, Any]:
+    """Kind and model of the processor that a pipeline runs on, and the dtype of its weights; of a CPU the threads."""
     device = pipeline._execution_device
+    threads = {}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
         name = torch.backends.cpu.get_cpu_capability()
+        threads = {"threads": torch.get_num_threads()}
     else:
         name = platform.machine()
-    return {"type": device.type, "name": name, "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
+    dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
+    return {"type": device.type, "name": name, "dtype": dtype} | threads
 
 
 # ---------------------------------------------------------------- writing
@@ -262,9 +272,12 @@ def side_file(path: Path) -> Path:
 
 
 def check_side_file(path: Path, *, overwrite: bool = False) -> None:
-    """Raise ImageError where the side file of an output exists and must not be replaced."""
-    if side_file(path).exists() and not overwrite:
-        raise ImageError(f"output {str(side_file(path))!r} exists already; choose another name or allow overwriting")
+    """Raise ImageError where the side file of an output cannot be written, or exists and must not be replaced."""
+    side = side_file(path)
+    if os.path.isdir(side):
+        raise ImageError(f"output {str(side)!r} is a folder; choose another name for the picture")
+    if os.path.exists(side) and not overwrite:  # unlike Path.exists it bears names that are too long
+        raise ImageError(f"output {str(side)!r} exists already; choose another name or allow overwriting")
 
 
 def embed(data: bytes, manifest: Manifest) -> bytes | None:

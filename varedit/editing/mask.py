@@ -5,6 +5,7 @@ A mask is a Pillow image of mode L and of the input's size: 255 = edit here, 0 =
 the grid of a scale, and `TokenLock` forces the source's bits outside, scale by scale.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -73,6 +74,8 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> I
         ValueError: a side that is not positive, or a box outside the image.
     """
     x, y, width, height = box
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"box {_numbers(box)} is endless; give X,Y,WIDTH,HEIGHT in pixels")
     if not (width > 0 and height > 0):
         raise ValueError(f"box {_numbers(box)} has no area; give X,Y,WIDTH,HEIGHT with positive sides")
     left, top = max(round(x), 0), max(round(y), 0)
@@ -103,9 +106,22 @@ def parse_box(text: str) -> tuple[float, float, float, float]:
     """ "X,Y,WIDTH,HEIGHT" -> four numbers. Raises ValueError for anything else."""
     try:
         x, y, width, height = (float(part) for part in text.split(","))
+        if not all(map(math.isfinite, (x, y, width, height))):
+            raise ValueError
     except ValueError:
         raise ValueError(f"box {text!r} is not X,Y,WIDTH,HEIGHT in pixels, such as 40,60,200,150") from None
     return x, y, width, height
+
+
+def parse_polygon(text: str) -> list[tuple[float, float]]:
+    """ "X,Y X,Y X,Y ..." -> corners. Raises ValueError for anything else."""
+    try:
+        points = [tuple(float(part) for part in corner.split(",")) for corner in text.split()]
+        if not points or not all(len(point) == 2 and all(map(math.isfinite, point)) for point in points):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"polygon {text!r} is not X,Y X,Y X,Y ... in pixels, such as '40,60 240,60 140,210'") from None
+    return [(x, y) for x, y in points]
 
 
 def grow(mask: Image.Image, pixels: int) -> Image.Image:
@@ -113,6 +129,7 @@ def grow(mask: Image.Image, pixels: int) -> Image.Image:
     check_margin(pixels)
     if not pixels:
         return mask
+    pixels = min(pixels, max(mask.size))  # farther than the picture reaches is nowhere
     return Image.fromarray(ndimage.maximum_filter(np.asarray(mask), size=2 * pixels + 1, mode="nearest"))
 
 

@@ -17,7 +17,7 @@ from varedit.editing.manifest import (
     pixels_sha256,
     software,
 )
-from varedit.editing.weights import ModelIdentity, state_sha256
+from varedit.editing.weights import ModelIdentity, state_configs, state_sha256
 from varedit.image_processor import LoadedImage, load_image
 from varedit.image_writer import encode_image
 from varedit.pipeline import VAREditPipeline
@@ -29,8 +29,8 @@ class Replay:
 
     Attributes:
         differences: one sentence each, starting with what differs: input, mask, model, settings, pixels or file.
-        notes: versions and devices that differ. They need not change a picture; where it came out different, they are
-            the likely cause.
+        notes: versions and devices that differ, and the number of threads where the picture came out different. They
+            need not change a picture; where it came out different, they are the likely cause.
         result: the edit made again; None where a difference made it pointless to try.
     """
 
@@ -54,8 +54,13 @@ def replay(
         pipeline: the model. Weights from files are not hashed here: see `check_model`.
     """
     found = check_inputs(manifest, source, mask)
-    if manifest.model["kind"] == "memory" and state_sha256(pipeline) != manifest.model["sha256"]:
-        found.append("model: the weights are not those of the edit, which came from memory; save that model and use it")
+    if manifest.model["kind"] == "memory":
+        if state_sha256(pipeline) != manifest.model["sha256"]:
+            found.append(
+                "model: the weights are not those of the edit, which came from memory; save that model and use it"
+            )
+        else:
+            found += _check_configs(manifest, "this pipeline", state_configs(pipeline))
     resolved = manifest.settings.resolved(pipeline)
     if resolved != manifest.settings:
         found.append("settings: the manifest leaves some to the model; they cannot be told any more")
@@ -69,6 +74,7 @@ def replay(
         same_bits = bits_sha256(result.bits) == manifest.output.get("bits_sha256")
         where = "in decoding or preserving; the model chose the same bits" if same_bits else "in the model's bits"
         found.append(f"pixels: the edit came out different {where}")
+        notes += _differing_threads(manifest, pipeline)
     return Replay(tuple(found), notes, result)
 
 
@@ -92,24 +98,46 @@ def check_inputs(manifest: Manifest, source: LoadedImage, mask: Image.Image | No
 
 
 def check_model(manifest: Manifest, model: ModelIdentity | None) -> list[str]:
-    """Whether these are the weights of the edit; None is a model whose files are not on this disk yet."""
-    if model is None or manifest.model["kind"] != model.kind or model.sha256 == manifest.model["sha256"]:
+    """Whether this is the model of the edit; None is a model whose files are not on this disk yet."""
+    if model is None or manifest.model["kind"] != model.kind:
         return []
-    return [
-        f"model: {model.name} with sha256 {_short(model.sha256)}, but the edit was made by "
-        f"{manifest.model.get('name')} with {_short(manifest.model['sha256'])}"
-    ]
+    if model.sha256 != manifest.model["sha256"]:
+        return [
+            f"model: {model.name} with sha256 {_short(model.sha256)}, but the edit was made by "
+            f"{manifest.model.get('name')} with {_short(manifest.model['sha256'])}"
+        ]
+    return _check_configs(manifest, model.name, model.configs)
+
+
+def _check_configs(manifest: Manifest, name: str, configs: dict[str, str]) -> list[str]:
+    recorded = manifest.model.get("configs")
+    if not recorded:  # an earlier version hashed the weights only
+        return []
+    parts = sorted(part for part in recorded.keys() | configs.keys() if recorded.get(part) != configs.get(part))
+    if not parts:
+        return []
+    return [f"model: {name} has the weights of the edit, but another configuration of {', '.join(parts)}"]
 
 
 def differing_software(manifest: Manifest, pipeline: VAREditPipeline) -> tuple[str, ...]:
     """Versions and devices that are not those of the edit, one sentence each."""
-    now = software() | {f"device {name}": value for name, value in device_of(pipeline).items()}
-    then = manifest.software | {f"device {name}": value for name, value in manifest.device.items()}
+    now, then = (
+        versions | {f"device {name}": value for name, value in device.items() if name != "threads"}
+        for versions, device in ((software(), device_of(pipeline)), (manifest.software, manifest.device))
+    )
     return tuple(
         f"version: {name} is {now.get(name, 'absent')}, was {then.get(name, 'not recorded')}"
         for name in now
         if now[name] != then.get(name)
     )
+
+
+def _differing_threads(manifest: Manifest, pipeline: VAREditPipeline) -> tuple[str, ...]:
+    """With another number of threads a CPU adds up in another order."""
+    then, now = (device.get("threads") for device in (manifest.device, device_of(pipeline)))
+    if None in (then, now) or then == now:  # None: not a CPU, or recorded by an earlier version
+        return ()
+    return (f"threads: {now}, was {then}; set OMP_NUM_THREADS={then} and replay again",)
 
 
 def check_file(path: Path, result: EditResult) -> list[str]:

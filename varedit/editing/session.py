@@ -119,8 +119,11 @@ class Session:
         from varedit.image_processor import load_image
 
         folder, image = Path(folder), Path(image)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SessionError(f"session {str(folder)!r} exists already; name a new folder")
+        try:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
+                raise SessionError(f"session {str(folder)!r} exists already; name a new folder")
+        except OSError as error:  # a name that is too long, for instance
+            raise SessionError(f"session {str(folder)!r} cannot be made ({error.strerror}); name another") from error
         load_image(image)
         data = image.read_bytes()
         name = "original" + image.suffix.lower()
@@ -141,14 +144,17 @@ class Session:
         return cls.open(folder)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> "Session":
+    def open(cls, folder: str | os.PathLike, *, any_head: bool = False) -> "Session":
         """Read a session folder.
+
+        Args:
+            any_head: bear a head whose step is missing, to move it with `branch`.
 
         Raises:
             SessionError: no session, or a damaged one; the message names the file.
         """
         folder = Path(folder)
-        if not (folder / "session.json").is_file():
+        if not os.path.isfile(folder / "session.json"):  # unlike Path.is_file it bears names that are too long
             raise SessionError(f"{str(folder)!r} is no session: it has no session.json; start one with session new")
         state = _read_json(folder / "session.json", folder)
         original: Any = state.get("original")
@@ -164,8 +170,11 @@ class Session:
         for step in steps.values():
             if step.parent not in steps and step.parent != 0:
                 raise _corrupt(folder, f"steps/{step.folder.name}", f"its parent, step {step.parent}, is missing")
-        if head not in steps and head != 0:
-            raise _corrupt(folder, f"steps/{head:04d}", "the head's step is missing; move the head with session branch")
+        if head not in steps and head != 0 and not any_head:
+            raise SessionError(
+                f"session {str(folder)!r} is damaged: steps/{head:04d}, where the session is, is missing; restore it "
+                "from a copy, or go to another step with session branch"
+            )
         return cls(folder, original, head, steps)
 
     # -- edits --
@@ -283,10 +292,13 @@ class Session:
 
         Raises:
             ImageError: see `save_image`.
+            SessionError: the file would lie in the session's folder.
         """
         from varedit.editing.manifest import save_with_manifest
         from varedit.image_writer import save_image
 
+        if Path(path).resolve().is_relative_to(self.folder.resolve()):
+            raise SessionError(f"output {str(path)!r} is in the session's own folder; export to another")
         number = self.head if number is None else number
         picture, original = self.image(number), self.image(0)
         pixels = picture.rgb if picture.rgb16_HW3 is None else picture.rgb16_HW3

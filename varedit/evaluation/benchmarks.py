@@ -24,7 +24,9 @@ from varedit.evaluation.tables import Table, groups, table_files
 
 EMU_TYPES = ("global", "add", "text", "background", "color", "style", "remove", "local")
 EMU_ROWS = 3589
+EMU_CAPTIONS = ("input_caption", "output_caption")
 PIE_ROWS = 700
+PIE_SIZE = (512, 512)
 PIE_TYPES = (
     "random",
     "change object",
@@ -56,7 +58,7 @@ def load(
 
     Args:
         data: folder of the benchmark's files; None downloads those that lie open on the hub. Which commit was taken
-            is in the benchmark's notes; the option `revision` asks for another.
+            is in the benchmark's settings; the option `revision` asks for another.
         size: of the procedural pictures.
         limit: the first so many cases.
         options: of the reader, see the functions below; texts.
@@ -77,21 +79,30 @@ def load(
         "gedit": gedit,
     }
     if name not in readers:
+        if not Path(name).exists():
+            known = ", ".join(("procedural", *readers))
+            raise ValueError(
+                f"benchmark {name!r} is unknown; use {known}, or name a folder or a .jsonl file that exists"
+            )
+        if data is not None:
+            raise ValueError(f"data folder {data} is not used for {name}, whose paths are its own: leave --data out")
         _check_options(name, own, options)
         return own(Path(name)).first(limit)
     published = name.removesuffix("-multi")
-    notes: dict[str, Any] = {}
-    revision = options.pop("revision", None) if data is None else None
+    revision = options.pop("revision", None)
     _check_options(name, readers[name], options)
+    settings: dict[str, Any] = {}
     if data is None:
-        data, notes["revision"] = download(published, revision)
+        data, settings["revision"] = download(published, revision)
+    elif revision is not None:
+        raise ValueError(f"reader option revision={revision} is for downloads: leave --data out")
     if not data.is_dir():
         raise ValueError(f"data folder {data} does not exist: {SOURCES[published].help}")
     benchmark = readers[name](data, **options)
     if not benchmark.cases:
-        first = f": {benchmark.problems[0]}" if benchmark.problems else ""
+        first = f": {': '.join(benchmark.problems[0])}" if benchmark.problems else ""
         raise ValueError(f"{name} in {data} has no usable row{first}")
-    return replace(benchmark, notes=benchmark.notes | notes).first(limit)
+    return replace(benchmark, settings=benchmark.settings | settings).first(limit)
 
 
 def _check_options(name: str, reader: Callable[..., Benchmark], options: dict[str, str]) -> None:
@@ -131,11 +142,11 @@ def emu_edit(data: Path, bad_captions: str = "keep", split: str = "reported") ->
     files = table_files(data, split, ".parquet")
     if not files:
         raise ValueError(f"{data} has no {split}-*.parquet: {SOURCES['emu-edit'].help}")
-    table = Table(files, ("image", "edited_image"))
-    repeated = Counter(str(row[side]).lower() for row in table.rows for side in ("input_caption", "output_caption"))
+    table = Table(files, ("image", "edited_image"), ("image", "instruction", "task", *EMU_CAPTIONS, "idx", "hash"))
+    repeated = Counter(str(row[side]).strip().lower() for row in table.rows for side in EMU_CAPTIONS)
     cases, problems, notes = [], [], Counter({"identical_captions": 0, "placeholder_captions": 0, "dropped": 0})
     for number, row in enumerate(table.rows):
-        before, after = (str(row[side] or "").strip() for side in ("input_caption", "output_caption"))
+        before, after = (str(row[side] or "").strip() for side in EMU_CAPTIONS)
         identical = before == after
         placeholder = any("train station" in text.lower() and repeated[text.lower()] > 2 for text in (before, after))
         notes["identical_captions"] += identical
@@ -175,7 +186,7 @@ def emu_edit(data: Path, bad_captions: str = "keep", split: str = "reported") ->
 # ---- PIE-Bench
 
 
-def decode_mask(runs: list[int], size: tuple[int, int] = (512, 512)) -> np.ndarray:
+def decode_mask(runs: list[int], size: tuple[int, int] = PIE_SIZE) -> np.ndarray:
     """PIE-Bench's mask: start and length of every run over the row-major frame; bool (H, W), True is to be edited.
 
     A run beyond the end is cut. The border of one pixel is set to True afterwards, as the reference does.
@@ -201,9 +212,9 @@ def pie_bench(data: Path) -> Benchmark:
     """PIE-Bench: 700 pictures of 512 x 512 with masks.
 
     Args:
-        data: folder with mapping_file.json and annotation_images/.
+        data: folder with mapping_file.json and annotation_images/, or the one with that folder as data/.
     """
-    mapping = _json(data, "mapping_file.json", "pie-bench")
+    data, mapping = _json(data, "mapping_file.json", "pie-bench")
     cases, problems = [], []
     for key, row in mapping.items():
         try:
@@ -213,7 +224,9 @@ def pie_bench(data: Path) -> Benchmark:
             source = _inside(data / "annotation_images", row["image_path"])
             with Image.open(source) as image:
                 size = image.height, image.width
-            mask = decode_mask(row["mask"], size)
+            if size != PIE_SIZE:
+                raise ValueError(f"picture {row['image_path']} is {image.width} x {image.height}, its mask 512 x 512")
+            mask = decode_mask(row["mask"])
             cases.append(
                 Case(
                     key=file_key(key),
@@ -255,6 +268,10 @@ def magicbrush(data: Path, turns: str = "single", split: str = "dev") -> Benchma
         sessions, problems = _magicbrush_table(data, _choice("split", split, "dev", "train")), []
     cases: list[Case] = []
     for name, session in sessions.items():
+        unclear = [number for number, row in enumerate(session, 1) if not str(row["instruction"] or "").strip()]
+        if unclear:
+            problems.append((name, f"turn {unclear[0]} has no instruction"))
+            continue
         previous: str | None = None
         for number, row in enumerate(session, 1):
             key = file_key(name, *((1,) if number == 1 else ("iter" if turns == "multi" else "inde", number)))
@@ -265,7 +282,7 @@ def magicbrush(data: Path, turns: str = "single", split: str = "dev") -> Benchma
             )  # fmt: skip
             cases.append(case)
             previous = key if turns == "multi" else None
-    captioned = all(case.target_caption for case in cases if case.scored)
+    captioned = any(case.target_caption for case in cases)  # a caption missing among others is named by its case
     names = (
         "l1",
         "l2",
@@ -279,9 +296,9 @@ def magicbrush(data: Path, turns: str = "single", split: str = "dev") -> Benchma
 
 
 def _magicbrush_folder(data: Path) -> tuple[dict[str, list[dict[str, Any]]], list[tuple[str, str]]]:
-    listed = _json(data, "edit_sessions.json", "magicbrush")
+    _, listed = _json(data, "edit_sessions.json", "magicbrush")
     path = data / "local_captions.json"
-    captions = _json(data, "local_captions.json", "magicbrush") if path.is_file() else {}
+    captions = _json(data, "local_captions.json", "magicbrush")[1] if path.is_file() else {}
     sessions, problems = {}, []
     for name, turns in listed.items():
         try:
@@ -304,7 +321,8 @@ def _magicbrush_table(data: Path, split: str) -> dict[str, list[dict[str, Any]]]
     files = table_files(data, split, ".parquet")
     if not files:
         raise ValueError(f"{data} has neither edit_sessions.json nor {split}-*.parquet: {SOURCES['magicbrush'].help}")
-    table = Table(files, ("source_img", "mask_img", "target_img"))
+    pictures = ("source_img", "mask_img", "target_img")
+    table = Table(files, pictures, (*pictures, "img_id", "turn_index", "instruction"))
     sessions: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(table.rows, key=lambda row: (str(row["img_id"]), row["turn_index"])):
         sessions.setdefault(str(row["img_id"]), []).append(
@@ -329,7 +347,7 @@ def imgedit(data: Path, suite: str = "basic") -> Benchmark:
         suite: "basic" (737 cases of nine types) or "uge" (47 hard ones).
     """
     _choice("suite", suite, "basic", "uge")
-    listed = _json(data, "basic_edit.json" if suite == "basic" else "UGE_edit.json", "imgedit")
+    data, listed = _json(data, "basic_edit.json" if suite == "basic" else "UGE_edit.json", "imgedit")
     cases, problems = [], []
     for key, row in listed.items():
         try:
@@ -355,13 +373,17 @@ def gedit(data: Path, language: str = "en", subset: str = "full") -> Benchmark:
     files = table_files(data, "", ".parquet", ".arrow") or sorted(data.glob("train/*.arrow"))
     if not files:
         raise ValueError(f"{data} has no .parquet or .arrow files: {SOURCES['gedit'].help}")
-    table = Table(files, ("input_image", "input_image_raw"))
+    needed = ("input_image", "key", "instruction", "instruction_language", "task_type", "Intersection_exist")
+    table = Table(files, ("input_image", "input_image_raw"), needed)
     cases, problems = [], []
     for row in table.rows:
         if row["instruction_language"] != language or (subset == "intersection" and not row["Intersection_exist"]):
             continue
         if row["task_type"] not in GEDIT_TYPES:
             problems.append((str(row["key"]), f"unknown task_type {row['task_type']!r}"))
+            continue
+        if not (row["instruction"] or "").strip():
+            problems.append((str(row["key"]), "no instruction"))
             continue
         cases.append(
             Case(
@@ -373,18 +395,19 @@ def gedit(data: Path, language: str = "en", subset: str = "full") -> Benchmark:
             )
         )
     settings = {"language": language, "subset": subset}
-    return Benchmark("gedit", tuple(cases), (), settings, mean_over="types", problems=tuple(problems))
+    return Benchmark("gedit", tuple(cases), (), settings, fit="bicubic", mean_over="types", problems=tuple(problems))
 
 
-def _json(data: Path, name: str, benchmark: str) -> dict[str, Any]:
-    path = data / name if (data / name).is_file() else data / "data" / name
+def _json(data: Path, name: str, benchmark: str) -> tuple[Path, dict[str, Any]]:
+    """A benchmark's index, in `data` or `data`/data, and the folder that it lies in."""
+    folder = data / "data" if (data / "data" / name).is_file() and not (data / name).is_file() else data
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{data / name} cannot be read ({error}): {SOURCES[benchmark].help}") from error
+        raise ValueError(f"{folder / name} cannot be read ({error}): {SOURCES[benchmark].help}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is no JSON object: {SOURCES[benchmark].help}")
-    return value
+        raise ValueError(f"{folder / name} is no JSON object: {SOURCES[benchmark].help}")
+    return folder, value
 
 
 def _inside(folder: Path, name: str) -> Path:

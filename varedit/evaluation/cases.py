@@ -20,8 +20,8 @@ Picture = Path | np.ndarray | Callable[[], np.ndarray]
 """A file, uint8 (height, width, 3), or a function that returns such an array."""
 
 Fit = Literal["resize", "bicubic", "corner"]
-"""What happens to a result of the wrong size: Lanczos or bicubic (MagicBrush) to the size it is compared at, or the
-bottom right corner of a collage (PIE-Bench) and else as "resize"."""
+"""What happens to a result of the wrong size: Lanczos or bicubic (MagicBrush, GEdit-Bench) to the size it is compared
+at, or the bottom right corner of a collage (PIE-Bench) and else as "resize"."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Case:
     scored: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.instruction, str) or not self.instruction.strip():
+            raise ValueError("no instruction")
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -64,7 +68,7 @@ class Benchmark:
         name: as in `varedit evaluate run --benchmark`.
         cases: in the order in which they are generated.
         metrics: names of the scores that the benchmark's reference reports, see `scores.METRICS`.
-        settings: how the cases were read; part of the protocol.
+        settings: how the cases were read, and of a download its commit; part of the protocol.
         fit: what happens to results of the wrong size.
         mean_over: "cases", or "types" where the reference averages the means of its types (GEdit-Bench).
         problems: rows that could not be read: (key or row, reason).
@@ -187,7 +191,7 @@ def own(path: Path) -> Benchmark:
         except (ValueError, KeyError, TypeError) as error:
             problems.append((f"line {number}", f"{type(error).__name__}: {error}"))
     if not cases:
-        raise ValueError(f"{path} has no usable line: {problems[0] if problems else 'it is empty'}")
+        raise ValueError(f"{path} has no usable line: {': '.join(problems[0]) if problems else 'it is empty'}")
     return Benchmark("own", tuple(cases), own_metrics(cases), problems=tuple(problems))
 
 

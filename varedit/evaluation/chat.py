@@ -16,13 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from varedit.data.judge_client import JudgeClient, estimate_tokens, image_part, json_answer
+from varedit.data.judge_client import ANSWER_TOKENS, JudgeClient, estimate_tokens, image_part, json_answer
 from varedit.evaluation.cases import picture_digest
 
 logger = logging.getLogger(__name__)
-
-ANSWER_TOKENS = 80
-"""Of an answer, as a rule: numbers and a reason of at most 30 words."""
 
 
 class NoAnswer(ValueError):

@@ -208,7 +208,9 @@ class OpenAIEditor(Editor):
             raise ValueError(f"openai:{url} needs a full address, such as openai:http://localhost:8000/v1")
         self.url = url.rstrip("/")
         self.settings = {"editor": "openai", "url": self.url, **options}
-        self.timeout = float(options.pop("timeout", 300))
+        self.timeout = options.pop("timeout", 300)
+        if type(self.timeout) not in (int, float) or not 0 < self.timeout < 1e6:
+            raise ValueError(f"timeout is {self.timeout!r}: use a number of seconds above 0")
         self.fields = {key: str(value) for key, value in options.items()}
 
     def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
@@ -225,7 +227,9 @@ class OpenAIEditor(Editor):
             data = base64.b64decode(first["b64_json"]) if first.get("b64_json") else self._fetch(first["url"])
             return Image.open(io.BytesIO(data)).convert("RGB")
         except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
-            raise EditFailed(f"the endpoint's answer is no picture ({type(error).__name__}: {error})") from error
+            # Pillow's own words hold an address in memory, and score files have to repeat.
+            reason = type(error).__name__ if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise EditFailed(f"the endpoint's answer is no picture ({reason})") from error
 
     def _fetch(self, url: str) -> bytes:
         if not url.startswith(("http://", "https://")):
@@ -286,26 +290,32 @@ class CommandEditor(Editor):
 
     def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
         with tempfile.TemporaryDirectory() as folder:
-            values = {
-                "{source}": str(Path(folder, "source.png")),
-                "{output}": str(Path(folder, "output.png")),
-                "{instruction}": case.instruction,
-                "{seed}": str(seed),
-            }
-            source.save(values["{source}"])
-            words = [_fill(word, values) for word in self.words]
             try:
-                done = subprocess.run(words, capture_output=True, text=True, timeout=self.TIMEOUT, check=False)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise EditFailed(f"the command did not run: {error}") from error
-            if done.returncode:
-                last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-                raise EditFailed(f"the command ended with {done.returncode}: {last}")
-            try:
-                with Image.open(values["{output}"]) as image:
-                    return image.convert("RGB")
-            except OSError as error:
-                raise EditFailed(f"the command left no picture in {{output}}: {error}") from error
+                return self._run(case, source, seed, Path(folder))
+            except EditFailed as error:  # the folder has another name every time, and score files have to repeat
+                raise EditFailed(str(error).replace(folder, "...")) from error
+
+    def _run(self, case: Case, source: Image.Image, seed: int, folder: Path) -> Image.Image:
+        values = {
+            "{source}": str(folder / "source.png"),
+            "{output}": str(folder / "output.png"),
+            "{instruction}": case.instruction,
+            "{seed}": str(seed),
+        }
+        source.save(values["{source}"])
+        words = [_fill(word, values) for word in self.words]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=self.TIMEOUT, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise EditFailed(f"the command did not run: {error}") from error
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+            raise EditFailed(f"the command ended with {done.returncode}: {last}")
+        try:
+            with Image.open(values["{output}"]) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise EditFailed(f"the command left no picture in {{output}}: {error}") from error
 
 
 def _fill(word: str, values: dict[str, str]) -> str:

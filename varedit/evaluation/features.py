@@ -279,9 +279,9 @@ def backbones_of(
 def _load(load: Callable[[str], Any], name: str, device: str | None = None) -> Any:
     try:
         loaded = load(name)
-    except (OSError, ValueError) as error:
+        return loaded.eval().to(device) if device else loaded
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"cannot load {name!r}: download it where the hub can be reached, name a folder, or choose --metrics "
             f"that need no network ({str(error).strip().splitlines()[0]})"
         ) from error
-    return loaded.eval().to(device) if device else loaded

@@ -71,9 +71,14 @@ def generate(
         on_case: called with the number of cases gone through.
 
     Raises:
-        ValueError: the folder holds a run of something else.
+        ValueError: the folder holds a run of something else, or cannot be written.
     """
-    (output / IMAGES).mkdir(parents=True, exist_ok=True)
+    try:
+        (output / IMAGES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output {output} is no folder that can be written ({error}); choose another --output"
+        ) from error
     run = {"benchmark": benchmark.name, "settings": benchmark.settings, "editor": editor.settings, "seed": seed}
     _check_run(output, run)
     _end_line(output / MANIFEST)

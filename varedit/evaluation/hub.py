@@ -13,8 +13,8 @@ class Source:
     Attributes:
         help: how to get it by hand.
         repository: data set on the Hugging Face hub that can be downloaded as it is; empty if there is none.
-        revision: commit that is taken unless told otherwise; empty takes the newest, whose commit then goes into the
-            protocol.
+        revision: commit that is taken unless told otherwise; empty takes the newest. Either way the commit goes into
+            the protocol.
         files: patterns of the files that are needed.
     """
 

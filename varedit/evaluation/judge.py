@@ -190,7 +190,8 @@ ABOUT = {
 """Scores in a few words; of each set of rules, the main one first."""
 
 MAX_SILENT = 8
-"""Cases in a row without any answer after which the endpoint counts as down: the others are not asked any more."""
+"""Cases in a row without any answer after which the endpoint counts as down: the others are not asked any more. One is
+enough where it never answered at all."""
 
 
 class Judge:
@@ -211,7 +212,7 @@ class Judge:
             "temperature": chat.client.temperature, "repeats": repeats,
         }  # fmt: skip
         self._seen: dict[str, list[dict[str, float]] | str] = {}
-        self._silent = 0
+        self._silent, self._answered = 0, False
 
     def __call__(self, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
         """Named scores of one case.
@@ -233,8 +234,9 @@ class Judge:
         return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def _judge(self, case: Case, source: np.ndarray, result: np.ndarray) -> list[dict[str, float]]:
-        if self._silent >= MAX_SILENT:
-            raise ValueError(f"the judge did not answer {MAX_SILENT} cases in a row; run again when it does")
+        most = MAX_SILENT if self._answered else 1
+        if self._silent >= most:
+            raise ValueError(f"the judge did not answer {self._silent} cases in a row; run again when it does")
         judgements = []
         try:
             for asked in self._questions(case, source, result):
@@ -242,7 +244,7 @@ class Judge:
         except JudgeSilentError:
             self._silent += 1
             raise
-        self._silent = 0
+        self._silent, self._answered = 0, True
         return judgements
 
     def _questions(self, case: Case, source: np.ndarray, result: np.ndarray) -> list[list[Question]]:
@@ -268,8 +270,13 @@ class Judge:
 
         return self.chat.estimate(questions())
 
-    def prepare(self, benchmark: Benchmark, output: Path, workers: int = 1) -> None:
+    def prepare(
+        self, benchmark: Benchmark, output: Path, workers: int = 1, on_case: Callable[[int], None] | None = None
+    ) -> None:
         """Judge all cases that have a result, `workers` at once; scoring then finds every judgement made.
+
+        Args:
+            on_case: called with the number of cases gone through.
 
         Raises:
             JudgeAccessError: the endpoint refuses the key, the address or the model.
@@ -285,8 +292,11 @@ class Judge:
 
         with ThreadPoolExecutor(max(1, workers)) as pool:
             try:
-                for future in [pool.submit(work, case) for case in benchmark.cases if case.scored]:
+                futures = [pool.submit(work, case) for case in benchmark.cases if case.scored]
+                for number, future in enumerate(futures, 1):
                     future.result()
+                    if on_case is not None:
+                        on_case(number)
             except BaseException:  # interrupted, or refused: ask nothing more
                 pool.shutdown(cancel_futures=True)
                 raise

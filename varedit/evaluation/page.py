@@ -122,10 +122,12 @@ def _title(runs: Sequence[Run], name: str) -> str:
     return f'{escape(name.replace("_", " "))}&nbsp;<span class="quiet" title="{better} is better">{arrow}</span>'
 
 
-def _cell(mean: dict[str, Any] | None) -> str:
+def _cell(mean: dict[str, Any] | None, count: int) -> str:
+    """A mean with its interval, and over how many cases if these are not all of `count`."""
     if mean is None:
         return '<td class="quiet">–</td>'
-    return f"<td>{number(mean['mean'])}<small>{spread(mean)}</small></td>"
+    fewer = f"<small>{mean['n']} of {count} cases</small>" if mean["n"] < count else ""
+    return f"<td>{number(mean['mean'])}<small>{spread(mean)}</small>{fewer}</td>"
 
 
 def _table(head: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
@@ -140,7 +142,7 @@ def _overall(runs: Sequence[Run]) -> str:
     for name in _names(runs):
         means = [run.scores["overall"].get(name) for run in runs]
         about = escape(METRICS[name].about if name in METRICS else ABOUT.get(name.removeprefix(JUDGED), ""))
-        cells = "".join(map(_cell, means))
+        cells = "".join(_cell(mean, run.scores["cases"]["scored"]) for mean, run in zip(means, runs))
         rows.append(
             f'<tr><td>{_title(runs, name)}<small class="about">{about}</small></td>{cells}'
             f'<td class="plot">{strip(means, labels)}</td></tr>'
@@ -215,7 +217,7 @@ def _tables(runs: Sequence[Run]) -> str:
         rows = []
         for title, part in sections(run.scores):
             for label, count, means in part:
-                cells = "".join(_cell(means.get(name)) for name in names)
+                cells = "".join(_cell(means.get(name), count) for name in names)
                 kind = "all" if title == "type" and label == "all" else ""
                 rows.append(f'<tr class="{kind}"><td>{escape(label)}</td><td class="quiet">{count}</td>{cells}</tr>')
         table = _table(["", "cases", *(_title([run], name) for name in names)], rows, "types")
@@ -277,10 +279,12 @@ def _case(runs: Sequence[Run], rows: Sequence[dict[str, Any]], row: dict[str, An
     figures = [_figure(folder / THUMBNAILS / f"{key}.source.webp", "source", "source")]
     for index, (run, found) in enumerate(zip(runs, rows)):
         label = f'{_key(index)}{escape(run.label)}<span class="value" data-run="{index}"></span>'
-        if key in found:
-            figures.append(_figure(result_path(run.folder, key), label, f"result of {run.label}", "result"))
+        picture = result_path(run.folder, key)
+        if key in found and picture.is_file():
+            figures.append(_figure(picture, label, f"result of {run.label}", "result"))
         else:
-            figures.append(f'<figure class="missing"><div>no score</div><figcaption>{label}</figcaption></figure>')
+            reason = "no picture" if key in found else "no score"
+            figures.append(f'<figure class="missing"><div>{reason}</div><figcaption>{label}</figcaption></figure>')
     figures.append(_figure(folder / THUMBNAILS / f"{key}.target.webp", "known answer", "known answer"))
     groups = escape(json.dumps(row["groups"]))
     about = " · ".join(escape(text) for text in (row["type"], *row["groups"], key) if text)
@@ -295,8 +299,11 @@ def _case(runs: Sequence[Run], rows: Sequence[dict[str, Any]], row: dict[str, An
 def _figure(path: Path, label: str, alt: str, kind: str = "") -> str:
     if not path.is_file():
         return ""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"picture {path} is damaged ({error}); run `varedit evaluate run` again") from error
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82)

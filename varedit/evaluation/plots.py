@@ -34,7 +34,7 @@ def axis(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float, l
     if 0 <= low < 0.6 * high or high <= 0:
         low = min(low, 0.0)
     if high <= low:
-        low, high = low - 0.5, high + 0.5
+        low, high = (low - 0.5, high + 0.5) if high else (0.0, 1.0)
     rough = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -87,7 +87,7 @@ def strip(means: Means, runs: Sequence[str]) -> str:
     height = max(20, pitch * len(means) + 2)
 
     def x(value: float) -> float:
-        return 30 + (width - 60) * (value - low) / (high - low)
+        return 40 + (width - 80) * (value - low) / (high - low)
 
     shapes = []
     for end, anchor, gap in ((low, "end", -6), (high, "start", 6)):

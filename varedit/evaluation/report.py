@@ -42,11 +42,15 @@ def load_runs(folders: Sequence[Path], *, allow_different: bool = False) -> list
         path = folder / SCORES
         try:
             scores = json.loads(path.read_text(encoding="utf-8"))
-            found = digest(scores["protocol"]) == scores["protocol_sha256"] and isinstance(scores["groups"], dict)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            body = {name: value for name, value in scores.items() if name != "scores_sha256"}
+            whole = digest(body) == scores["scores_sha256"]
+            found = whole and digest(scores["protocol"]) == scores["protocol_sha256"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no score file ({error}); run `varedit evaluate run` first") from error
         if not found:
-            raise ValueError(f"{path} was changed by hand: its protocol does not have its hash; score the folder again")
+            raise ValueError(
+                f"{path} was changed by hand or is damaged: it does not have its hash; score the folder again"
+            )
         label = folder.resolve().name
         taken = sum(run.label.split(" #")[0] == label for run in runs)
         runs.append(Run(f"{label} #{taken + 1}" if taken else label, folder, scores))
@@ -128,11 +132,15 @@ def write_report(runs: Sequence[Run], html: Path, max_strips: int = 400) -> list
 
     Args:
         max_strips: cases shown with pictures.
+
+    Raises:
+        ValueError: a path that cannot be written or that the other two files would overwrite, or a damaged picture.
     """
     from varedit.evaluation.page import page
 
+    if html.suffix in (".md", ".json"):
+        raise ValueError(f"page {html} would be overwritten by its own {html.suffix} file: name it {html.stem}.html")
     pairs = comparisons(runs)
-    html.parent.mkdir(parents=True, exist_ok=True)
     write_text(html, page(runs, pairs, max_strips))
     markdown_path, json_path = html.with_suffix(".md"), html.with_suffix(".json")
     write_text(markdown_path, markdown(runs, pairs))
@@ -164,7 +172,7 @@ def markdown(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run, list[Paired]]]
         for title, rows in sections(run.scores):
             lines += ["", f"| {title} | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
             for label, count, means in rows:
-                cells = [interval(means[name]) if name in means else "-" for name in names]
+                cells = [interval(means[name], count) if name in means else "-" for name in names]
                 lines.append(f"| {label} | {count} | {' | '.join(cells)} |")
     for one, two, found in pairs:
         lines += ["", f"## {two.label} against {one.label}, case by case", ""]
@@ -193,9 +201,10 @@ def sections(scores: dict[str, Any]) -> list[Section]:
     ]  # fmt: skip
 
 
-def interval(mean: dict[str, Any]) -> str:
-    """0.512 (0.470 to 0.553)."""
-    return f"{mean['mean']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})"
+def interval(mean: dict[str, Any], count: int) -> str:
+    """0.512 (0.470 to 0.553), and over how many cases if these are not all of `count`."""
+    fewer = f", n {mean['n']}" if mean["n"] < count else ""
+    return f"{mean['mean']:.3f} ({mean['low']:.3f} to {mean['high']:.3f}){fewer}"
 
 
 def summary_table(result: dict[str, Any]) -> Any:
@@ -217,6 +226,10 @@ def summary_table(result: dict[str, Any]) -> Any:
     for _, rows in sections(result):
         for label, count, means in rows:
             cells = [_short(means[name]["mean"]) if name in means else "-" for name in names]
+            fewer = [name in means and means[name]["n"] < count for name in names]
+            cells = [f"{cell} *" if less else cell for cell, less in zip(cells, fewer)]
+            if any(fewer):
+                table.caption = "* over those of the n cases to which the score applies"
             table.add_row(label, str(count), *cells, end_section=label == "all", style="bold" if label == "all" else "")
     return table
 

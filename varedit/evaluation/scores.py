@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,11 +67,16 @@ class Sample:
         regions = self.case.regions() if self.case.regions is not None else None
         return checker.check(self.source, self.target, self.result, self.mask, regions)
 
-    def stray(self) -> float:
-        """Share of the frame that changed without being asked."""
+    def stray(self) -> float | None:
+        """Share of the frame that changed without being asked; None where all may change and no answer is known."""
         if self.case.regions is not None:
             return self.verdict.stray
-        return float(checker.stray_pixels(self.source, self.source, self.result, self.mask).mean())
+        answer = self.source
+        if self.mask.mean() >= checker.WHOLE:
+            if self.case.target is None or self.target.shape != self.source.shape:
+                return None
+            answer = self.target
+        return float(checker.stray_pixels(self.source, answer, self.result, self.mask).mean())
 
     def drift(self) -> float | None:
         """Wear since the first turn of the chain; None for a first turn."""
@@ -233,7 +239,7 @@ def score(
     if not rows:
         raise ValueError(f"no case of {output} could be scored: {failures[0]['reason'] if failures else 'no cases'}")
     protocol = _protocol(benchmark, digests, names, models, judge.settings if judge is not None else None)
-    result = {
+    result: dict[str, Any] = {
         "protocol": protocol,
         "protocol_sha256": digest(protocol),
         "run": json.loads((output / RUN).read_text(encoding="utf-8")),
@@ -247,6 +253,7 @@ def score(
         "agreement": judge.agreement() if judge is not None else None,
         "rows": rows,
     } | _means(rows, benchmark.mean_over)
+    result["scores_sha256"] = digest(result)
     write_json(output / SCORES, result)
     return result
 
@@ -396,7 +403,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ValueError(f"{path} cannot be written: {error}") from error

@@ -13,15 +13,28 @@ from PIL import Image
 
 
 class Table:
-    """Rows of parquet or arrow files, pictures read one row group at a time."""
+    """Rows of parquet or arrow files, pictures read one row group at a time.
 
-    def __init__(self, paths: list[Path], pictures: tuple[str, ...]) -> None:
+    Args:
+        pictures: columns with pictures, those that there are. needed: columns that every file has to have.
+
+    Raises:
+        ValueError: a file that cannot be read or lacks a column.
+    """
+
+    def __init__(self, paths: list[Path], pictures: tuple[str, ...], needed: tuple[str, ...]) -> None:
         self.pictures = pictures
         self._groups: list[Callable[[list[str]], Any]] = []
         self.rows: list[dict[str, Any]] = []
         for path in paths:
             for read in groups(path):
-                columns = [name for name in read([]) if name not in pictures]
+                names = read([])
+                missing = [name for name in needed if name not in names]
+                if missing:
+                    raise ValueError(
+                        f"{path} has no column {missing[0]!r} but {', '.join(names)}: name the benchmark's own folder"
+                    )
+                columns = [name for name in names if name not in pictures]
                 number = len(self._groups)
                 self._groups.append(read)
                 for index, row in enumerate(read(columns).to_pylist()):
@@ -38,8 +51,9 @@ class Table:
         data = value.get("bytes") if isinstance(value, dict) else value
         try:
             return np.asarray(Image.open(io.BytesIO(data or b"")).convert("RGB"))
-        except (OSError, TypeError) as error:
-            raise ValueError(f"{column} of row {at} is no picture ({error})") from error
+        except (OSError, SyntaxError, TypeError, ValueError) as error:
+            # The reason alone: Pillow's own words hold an address in memory, and score files have to repeat.
+            raise ValueError(f"{column} of row {at} is no picture ({type(error).__name__})") from error
 
     def mask(self, at: tuple[int, int], column: str) -> np.ndarray:
         """bool (H, W), white is True."""
@@ -61,12 +75,21 @@ def groups(file: Path) -> Iterator[Callable[[list[str]], Any]]:
         for group in range(opened.num_row_groups):
             yield partial(_row_group, opened, group)
         return
-    source = pa.memory_map(str(file))
+    yield partial(_columns, _arrow(file))
+
+
+def _arrow(file: Path) -> Any:
+    """The table of an arrow file of either kind."""
+    import pyarrow as pa
+
     try:
-        table = pa.ipc.open_stream(source).read_all()
-    except pa.ArrowInvalid:
-        table = pa.ipc.open_file(source).read_all()
-    yield partial(_columns, table)
+        source = pa.memory_map(str(file))
+        try:
+            return pa.ipc.open_stream(source).read_all()
+        except pa.ArrowInvalid:
+            return pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _row_group(opened: Any, group: int, wanted: list[str]) -> Any:

@@ -234,7 +234,7 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {str(path)!r} holds {type(values).__name__}; write one field: value a line")
@@ -273,6 +273,7 @@ _AT_LEAST: dict[str, float] = {
     "text_batch_size": 1, "lora.rank": 1, "laplacian_weight": 0, "commitment_weight": 0, "entropy_weight": 0,
     "perceptual_weight": 0, "adversarial_weight": 0, "adversarial_start": 0,
 }  # fmt: skip
+_MAX_STEPS = 100_000_000  # what is planned of each step takes memory
 _POSITIVE = ("edit_weight", "optimizer.lr", "optimizer.muon_lr", "optimizer.eps", "optimizer.clip", "lora.alpha")
 _BELOW_ONE = ("ema_decay", "drop_text", "max_flip", "drop_scales", "lora.dropout")
 _SHARES = ("data.max_bad_fraction", "optimizer.decay_fraction", "optimizer.final_factor")
@@ -283,6 +284,7 @@ def check(config: RunConfig) -> None:
     values = flat(config)
     for name, least in _AT_LEAST.items():
         _require(values.get(name, least) >= least, f"{name} is {values.get(name)}; give at least {least}")
+    _require(config.steps <= _MAX_STEPS, f"steps is {config.steps}; give at most {_MAX_STEPS}")
     for name in _POSITIVE:
         _require(values.get(name, 1) > 0, f"{name} is {values.get(name)}; give more than 0")
     for name in _BELOW_ONE:

@@ -115,11 +115,15 @@ class WorldPairs:
         """Number of the pair at `place` in the bucket's batch number `visit`."""
         return visit * batch_size + place
 
-    def load(self, schedule: ScaleSchedule, number: int) -> Example:
+    def world(self, schedule: ScaleSchedule) -> World:
+        """The world of one bucket, opened when it is first asked for. Raises ValueError: a folder cannot be used."""
         if schedule not in self._worlds:
             folders = [Path(folder) if folder else None for folder in (self.config.objects, self.config.photos)]
             self._worlds[schedule] = World(*folders, self.split, schedule.size, schedule.height_over_width)
-        pair = self._worlds[schedule].pair(self.seed, number)
+        return self._worlds[schedule]
+
+    def load(self, schedule: ScaleSchedule, number: int) -> Example:
+        pair = self.world(schedule).pair(self.seed, number)
         images = (torch.from_numpy(np.array(p)).permute(2, 0, 1) / 127.5 - 1 for p in (pair.source, pair.target))
         return Example(*images, pair.instructions, torch.from_numpy(pair.mask))
 

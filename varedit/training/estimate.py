@@ -14,6 +14,7 @@ from varedit.scales import ASPECT_RATIOS, NUM_SCALES, ScaleSchedule, scale_sched
 from varedit.training.checkpoint import training_state
 from varedit.training.config import EditorConfig, check_processes, transformer_arguments
 from varedit.training.trainer import adapt
+from varedit.training.typed_yaml import construct
 from varedit.training.updates import Average, build_optimizers, trainable
 from varedit.transformer import VAREditTransformer, attention_mask
 
@@ -117,7 +118,7 @@ def _transformer(config: EditorConfig) -> VAREditTransformer:
         arguments = {k: v for k, v in saved.items() if not k.startswith("_")} | dict(config.transformer)
     elif config.preset is None and config.start is not None:
         raise ValueError(f"no model in start {config.start!r}; make it first, or name its preset for a dry run")
-    transformer = VAREditTransformer(**arguments)
+    transformer = construct(VAREditTransformer, arguments, "transformer")
     if config.lora is not None:
         if config.frozen_dtype != "float32":
             for name, parameter in list(transformer.named_parameters()):

@@ -1,11 +1,12 @@
 """The run folder: what was asked, where and on what it runs, how it goes.
 
 `config.yaml`, `environment.json` and `data.json` are written at the start; `metrics.jsonl` has a line every `log_every`
-steps and one a validation; `samples/` has pictures, `checkpoints/` the way back in, `model/` or `lora/` the result, and
-`tensorboard/` the same numbers and pictures where the package tensorboard is installed. Weights & Biases gets them only
-if the config says so.
+steps and one a validation; `log.txt` has what was said, and names the pairs that could not be used; `samples/` has
+pictures, `checkpoints/` the way back in, `model/` or `lora/` the result, and `tensorboard/` the same numbers and
+pictures where the package tensorboard is installed. Weights & Biases gets them only if the config says so.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,6 +101,50 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class RunLog(logging.Handler):
+    """Appends what the package logs, such as the names of pairs that cannot be used, to `log.txt` of the run.
+
+    Lines wait until the run has begun: an attempt that is refused leaves nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._file, self._config = folder / "log.txt", folder / "config.yaml"
+        self._waiting: list[str] = []
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._waiting.append(self.format(record) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, if the run has begun."""
+        if not self._waiting or not self._config.exists():
+            return
+        try:
+            with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(self._waiting)
+        except OSError:  # a full disk: the next line tries again, and the next checkpoint says so
+            return
+        self._waiting = []
+
+
+@contextlib.contextmanager
+def logged(folder: Path) -> Iterator[RunLog]:
+    """The run in `folder` keeps its log inside the block."""
+    package, log = logging.getLogger("varedit"), RunLog(folder)
+    # Where nobody has set up logging, Python's last resort, warnings on stderr, ends with the first handler.
+    handlers = [log] if package.hasHandlers() or logging.lastResort is None else [log, logging.lastResort]
+    for handler in handlers:
+        package.addHandler(handler)
+    try:
+        yield log
+    finally:
+        log.flush()
+        for handler in handlers:
+            package.removeHandler(handler)
 
 
 class Journal:
@@ -191,6 +237,11 @@ class Journal:
 def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
     """Raise ValueError if a run cannot begin, or go on, in this folder."""
     saved = folder / "config.yaml"
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(
+            f"output {str(folder)!r} cannot be made: {str(place)!r} is no folder that can be written to; give another"
+        )
     if not resume:
         if saved.exists():
             raise ValueError(f"output {str(folder)!r} holds a run; pass --resume to go on with it, or another folder")

@@ -5,9 +5,9 @@ A folder and the shards packed from it give the same pairs in the same order, so
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ from varedit.data.faults import Skipped, Tally, image_hw
 from varedit.data.features import read_features
 from varedit.data.readers import read
 from varedit.data.record import INDEX, Encoded, Picture, Record
-from varedit.data.shards import FEATURES, is_packed, picture_member, read_members, read_sample, samples
-from varedit.data.shards import INDEX as SHARD_INDEX
+from varedit.data.shards import (
+    FEATURES,
+    is_packed,
+    missing_shard,
+    packed_index,
+    picture_member,
+    read_members,
+    read_sample,
+    samples,
+)
 
-logger = logging.getLogger(__name__)
-
-_NAMED = 20
 _SIDES = {"source": "src", "target": "tgt", "mask": "mask"}
 
 
@@ -38,18 +43,12 @@ def scan(folder: Path, max_bad_fraction: float) -> tuple[list[dict[str, Any]], T
     Raises:
         ValueError: no such folder, no pairs, or more than `max_bad_fraction` of them unusable.
     """
-    if (folder / INDEX).is_file():
-        items = _scan_folder(folder)
-    elif is_packed(folder):
-        items = _scan_shards(folder)
-    else:
-        raise ValueError(f"data folder {str(folder)!r} holds neither {INDEX} nor packed shards; see varedit data")
+    check_pairs(folder)
+    items = _scan_folder(folder) if (folder / INDEX).is_file() else _scan_shards(folder)
     entries, tally = [], Tally()
     for item in items:
         if isinstance(item, Skipped):
-            tally.faults[item.fault] += 1
-            if tally.num_skipped <= _NAMED:
-                logger.warning("skipped %s", item)
+            tally.skip(item)
         else:
             tally.num_records += 1
             entries.append(item)
@@ -63,6 +62,12 @@ def scan(folder: Path, max_bad_fraction: float) -> tuple[list[dict[str, Any]], T
         )
     # Keys of samples are places in what was packed: across its shards, this is the order of the source again.
     return sorted(entries, key=lambda entry: entry.get("key", "")), tally
+
+
+def check_pairs(folder: Path) -> None:
+    """Raise ValueError for a folder that `scan` cannot read."""
+    if not (folder / INDEX).is_file() and not is_packed(folder):
+        raise ValueError(f"data folder {str(folder)!r} holds neither {INDEX} nor packed shards; see varedit data")
 
 
 def read_entry(folder: Path, entry: dict[str, Any]) -> Record:
@@ -125,14 +130,15 @@ def _scan_folder(folder: Path) -> Iterator[dict[str, Any] | Skipped]:
 
 
 def _scan_shards(folder: Path) -> Iterator[dict[str, Any] | Skipped]:
-    for shard in json.loads((folder / SHARD_INDEX).read_text(encoding="utf-8"))["shards"]:
-        path = folder / shard["file"]
+    for shard in packed_index(folder)["shards"]:
+        path, num_left = folder / shard["file"], int(shard["count"])
         if not path.exists():
-            yield Skipped(path.name, "missing shard", f"{shard['count']} pairs")
+            yield missing_shard(path, num_left)
             continue
         faults: list[Skipped] = []
         with path.open("rb") as stream:
             for key, members in samples(path, stream, faults):
+                num_left -= 1
                 item = read_sample(path, key, read_members(stream, members))
                 if isinstance(item, Skipped):
                     yield item
@@ -142,7 +148,8 @@ def _scan_shards(folder: Path) -> Iterator[dict[str, Any] | Skipped]:
                 stored = {"features": members[FEATURES]} if FEATURES in members else {}
                 entry = _entry(item, {"shard": path.name, "key": key, "members": places, **stored})
                 yield entry | {"origin": f"{path.name} {key}"}
-        yield from faults
+        for fault in faults:
+            yield replace(fault, num_pairs=max(1, num_left))
 
 
 def _entry(record: Record, place: dict[str, Any]) -> dict[str, Any]:

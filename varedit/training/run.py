@@ -1,14 +1,16 @@
 """A training run from its config to its result: what `varedit train` does."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from varedit.training.checkpoint import CheckpointError
 from varedit.training.config import EditorConfig, RunConfig, TokenizerConfig, check_packages, check_processes
-from varedit.training.journal import check_folder
-from varedit.training.loop import Loop
-from varedit.training.processes import joined
+from varedit.training.journal import check_folder, logged
+from varedit.training.loop import Loop, Training
+from varedit.training.processes import Processes, joined
 from varedit.training.sources import forget_scans
 
 
@@ -35,20 +37,48 @@ def train(config: RunConfig, folder: Path, resume: bool = False, perceptual=None
         if not resume and processes.first:
             forget_scans(folder)
         processes.barrier()
-        if isinstance(config, EditorConfig):
-            from varedit.training.trainer import EditorTraining
+        with logged(folder) as log:
+            loop = _begin(config, processes, folder, resume, perceptual)
+            log.flush()
+            with _writing(folder):
+                loop.run()
+            return loop.step
 
-            training = EditorTraining(config, processes, folder)
-        elif isinstance(config, TokenizerConfig):
-            from varedit.training.tokenizer_trainer import TokenizerTraining
 
-            training = TokenizerTraining(config, processes, folder, perceptual)
-        else:
-            raise ValueError(f"config is a {type(config).__name__}; pass an EditorConfig or a TokenizerConfig")
-        try:
-            loop = Loop(config, training, processes, folder, resume)
-            loop.run()
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"run {str(folder)!r} cannot be written: {reason}; make room and --resume") from error
-        return loop.step
+def _begin(config: RunConfig, processes: Processes, folder: Path, resume: bool, perceptual) -> Loop:
+    try:
+        training = _training(config, processes, folder, perceptual)
+    except OSError as error:
+        raise ValueError(
+            f"run {str(folder)!r} cannot begin: {_one_line(error)}; check the config's paths and the output"
+        ) from error
+    with _writing(folder):
+        return Loop(config, training, processes, folder, resume)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Files that cannot be written are a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"run {str(folder)!r} cannot be written: {_one_line(error)}; make room and --resume"
+        ) from error
+
+
+def _training(config: RunConfig, processes: Processes, folder: Path, perceptual) -> Training:
+    """What the config trains: its models and its data. Raises ValueError, OSError."""
+    if isinstance(config, EditorConfig):
+        from varedit.training.trainer import EditorTraining
+
+        return EditorTraining(config, processes, folder)
+    if isinstance(config, TokenizerConfig):
+        from varedit.training.tokenizer_trainer import TokenizerTraining
+
+        return TokenizerTraining(config, processes, folder, perceptual)
+    raise ValueError(f"config is a {type(config).__name__}; pass an EditorConfig or a TokenizerConfig")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -14,7 +15,7 @@ from varedit.data.features import model_sha256, stored_facts
 from varedit.data.shards import is_packed
 from varedit.training.config import DataConfig, RunConfig
 from varedit.training.data import IndexedPairs, Pairs, WorldPairs, stream_seed
-from varedit.training.pair_index import load_entries, save_entries, scan
+from varedit.training.pair_index import check_pairs, load_entries, save_entries, scan
 from varedit.training.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,16 @@ def open_pairs(
         ValueError: the data cannot be used, or has changed since the run began; stored features are of other models.
     """
     data = config.data
+    for place in (data.source if data.source != "world" else None, data.validation if data.validation_count else None):
+        if place:
+            check_pairs(Path(place))
     facts: dict[str, Any] = {"source": data.source}
     if data.source == "world":
-        pairs: Pairs = WorldPairs(data, config.seed, "train")
-        held_out: Pairs | None = WorldPairs(data, config.seed + 1, "test") if data.validation_count else None
         for name in ("objects", "photos"):
             place = getattr(data, name)
             facts[name] = _listing(Path(place)) if place else None
+        pairs: Pairs = _open_world(config, config.seed, "train")
+        held_out: Pairs | None = _open_world(config, config.seed + 1, "test") if data.validation_count else None
         facts["fingerprint"] = _digest([__version__, facts])
     else:
         use_features = _has_features(Path(data.source), data, models)
@@ -67,6 +71,13 @@ def open_pairs(
     if processes.first:
         _write_facts(folder / _FACTS, facts)
     return pairs, held_out
+
+
+def _open_world(config: RunConfig, seed: int, split: Literal["train", "test"]) -> WorldPairs:
+    """The procedural world; folders that cannot be used show here, not pair by pair. Raises ValueError."""
+    pairs = WorldPairs(config.data, seed, split)
+    pairs.world(next(iter(pairs.weights)))
+    return pairs
 
 
 def _entries(source: Path, index: Path, config: RunConfig, processes: Processes) -> tuple[list[dict[str, Any]], str]:
@@ -106,7 +117,9 @@ def _write_facts(path: Path, facts: dict[str, Any]) -> None:
         if before["fingerprint"] != facts["fingerprint"]:
             raise ValueError(f"the data {facts['source']!r} has changed since this run began; begin a new run")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _listing(folder: Path) -> str:

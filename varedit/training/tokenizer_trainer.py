@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varedit import quantizer
+from varedit.data.features import load_image_tokenizer
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.scales import ScaleSchedule
@@ -20,6 +21,7 @@ from varedit.training.journal import Journal
 from varedit.training.pictures import contact_sheet
 from varedit.training.processes import Processes
 from varedit.training.sources import open_pairs
+from varedit.training.typed_yaml import construct
 
 _SHARPNESS = 10.0
 """How decided a bit counts as in the entropy regularisation (inverse temperature of the soft assignment)."""
@@ -264,13 +266,7 @@ def new_tokenizer(config: TokenizerConfig) -> VAREditImageTokenizer:
     """The tokenizer that a run begins with, on the CPU. Raises ValueError."""
     if config.start is None:
         torch.manual_seed(stream_seed("weights", config.seed))
-        tokenizer = VAREditImageTokenizer(**config.image_tokenizer)
+        tokenizer = construct(VAREditImageTokenizer, config.image_tokenizer, "image_tokenizer")
         tokenizer.initialize()
         return tokenizer
-    inside = Path(config.start, "model_index.json").is_file()
-    try:
-        return VAREditImageTokenizer.from_pretrained(
-            config.start, subfolder="image_tokenizer" if inside else None, dtype=torch.float32
-        )
-    except OSError as error:
-        raise ValueError(f"no tokenizer in {config.start!r}: {str(error).strip().splitlines()[0]}") from error
+    return load_image_tokenizer(config.start).requires_grad_(True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from varedit.data.features import load_image_tokenizer, load_text_encoder
@@ -28,6 +29,7 @@ from varedit.training.objective import bit_accuracy, bit_losses, edit_weights, o
 from varedit.training.pictures import contact_sheet
 from varedit.training.processes import Processes, is_sharded, shard_transformer, whole
 from varedit.training.sources import open_pairs
+from varedit.training.typed_yaml import construct
 from varedit.transformer import VAREditTransformer
 
 logger = logging.getLogger(__name__)
@@ -297,20 +299,22 @@ def new_transformer(config: EditorConfig) -> VAREditTransformer:
     """The transformer that a run begins with, on the CPU, with adapters if asked for. Raises ValueError."""
     if config.start is None:
         torch.manual_seed(stream_seed("weights", config.seed))
-        transformer = VAREditTransformer(**transformer_arguments(config))
+        transformer = construct(VAREditTransformer, transformer_arguments(config), "transformer")
         transformer.initialize()
         return transformer
     dtype = torch.bfloat16 if config.lora and config.frozen_dtype != "float32" else torch.float32
+    if not Path(config.start).is_dir():  # diffusers would look for it on the hub
+        raise ValueError(f"no transformer in {config.start!r}: no such folder; convert or train a model first")
     diffusers.utils.logging.disable_progress_bar()
     try:
         transformer = VAREditTransformer.from_pretrained(config.start, subfolder="transformer", dtype=dtype)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"no transformer in {config.start!r}: {str(error).strip().splitlines()[0]}") from error
     _check_preset(config, transformer)
     if config.transformer:
         arguments = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
         with torch.device("meta"):
-            other = VAREditTransformer(**{**arguments, **config.transformer})
+            other = construct(VAREditTransformer, {**arguments, **config.transformer}, "transformer")
         other.load_state_dict(transformer.state_dict(), assign=True)
         transformer = other
     if config.lora is not None:

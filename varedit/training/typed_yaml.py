@@ -1,12 +1,16 @@
 """Nested dataclasses from YAML. Unknown names and wrong types are refused in one line: field, value, fix."""
 
 import difflib
+import math
 import types
 import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
+
+Built = TypeVar("Built")
 
 
 def override(values: dict[str, Any], text: str) -> None:
@@ -23,7 +27,7 @@ def override(values: dict[str, Any], text: str) -> None:
             raise ValueError(f"--set {text!r}: {group} has no fields of its own")
     try:
         values[_key(last)] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ValueError(f"--set {text!r}: the value is not YAML; quote it") from error
 
 
@@ -34,14 +38,37 @@ def _key(text: str) -> Any:
 
 def build(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
     """A dataclass of the given kind from what YAML read; `prefix` names it in errors. Raises ValueError."""
-    known = {item.name: item for item in fields(kind)}
+    _check_names(values, [item.name for item in fields(kind)], prefix)
     hints = typing.get_type_hints(kind)
+    return kind(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
+
+
+def construct(kind: Callable[..., Built], arguments: Mapping[str, Any], field: str) -> Built:
+    """A model from the arguments that a config field holds, which are its constructor's.
+
+    Raises:
+        ValueError: an unknown argument, one of another type or below 1, or a combination that the constructor refuses.
+    """
+    hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
+    _check_names(arguments, [name for name in hints if name != "return"], f"{field}.")
+    for name, value in arguments.items():
+        value = _convert(hints[name], value, f"{field}.{name}")
+        least = 0 if name == "num_aligned_blocks" else 1
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not numbers or any(isinstance(number, int) and number < least for number in numbers):
+            raise ValueError(f"config field {field}.{name} is {value}; give at least {least}")
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise ValueError(f"config field {field} cannot be: {error}") from error
+
+
+def _check_names(values: Iterable[Any], known: list[str], prefix: str) -> None:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(known)}"
             raise ValueError(f"config field {prefix}{name} is unknown; {hint}")
-    return kind(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -63,9 +90,11 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return tuple(_convert(kind, item, name) for kind, item in zip(arguments, value))
     if hint is float and not isinstance(value, bool):
         try:  # YAML reads 6e-5, without a point, as text
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     if hint in (int, str, bool) and type(value) is hint:
         return value
     if hint is type(None) and value is None:
@@ -89,7 +118,7 @@ def _convert_union(arguments: tuple, value: Any, name: str, hint: Any) -> Any:
 
 def _spell(hint: Any) -> str:
     """A type in words."""
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", type(None): "null"}
     if hint in names:
         return names[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -258,11 +258,11 @@ class Photos:
         self.folder, self.pixels = folder, pixels
         try:
             lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ValueError(f"photos folder {folder} needs an index.jsonl (file, split): {error}") from error
-        entries = [json.loads(line) for line in lines if line.strip()]
-        self.licences = {entry["file"]: entry.get("licence", "unknown") for entry in entries}
-        self.files = sorted(entry["file"] for entry in entries if entry.get("split", "train") == split)
+            entries = [json.loads(line) for line in lines if line.strip()]
+            self.licences = {entry["file"]: entry.get("licence", "unknown") for entry in entries}
+            self.files = sorted(entry["file"] for entry in entries if entry.get("split", "train") == split)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"photos folder {folder} needs an index.jsonl (file, split): {error!r}") from error
         if not self.files:
             raise ValueError(f"photos folder {folder} has no photograph of split {split!r} in index.jsonl")
         weights = np.cumsum([MONOTONOUS.get(file.split("-")[0], 1.0) for file in self.files])

@@ -79,11 +79,13 @@ class SpriteSource:
     def _index_folder(self, folder: Path) -> None:
         try:
             entries: dict[str, dict[str, Any]] = json.loads((folder / "names.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"objects folder {folder} needs a names.json (file -> names): {error}") from error
-        for file in sorted(entries):
+            names = {file: str(entries[file]["names"][0]) for file in sorted(entries)}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"objects folder {folder} needs a names.json (file -> names): {error!r}") from error
+        if not names:
+            raise ValueError(f"objects folder {folder}: names.json names no cut-outs; leave the folder out, or fill it")
+        for file, name in names.items():
             entry = entries[file]
-            name = entry["names"][0]
             if name in vocabulary.EXCLUDED or entry.get("category") in vocabulary.EXCLUDED_CATEGORIES:
                 continue
             name = vocabulary.RENAMED.get(name, name)
