@@ -117,7 +117,7 @@ def test_the_runs_log_names_what_it_skipped(editor_config, tmp_path, pairs_folde
     assert not run.exists()
     changes.append("data.max_bad_fraction=0.5")
     train(editor_config(*changes), run)
-    (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "skipped" in line]
+    (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "WARNING skipped" in line]
     assert "line 4: missing image: images/0000003_source.png" in line
     for path in folder.glob("images/*_target.png"):
         if "0000000" not in path.name:
