@@ -20,7 +20,7 @@ from varedit.data.synthetic import World
 from varedit.data.synthetic.world import WEIGHTS
 from varedit.training.pictures import contact_sheet
 
-WARM_UP = 3000  # pairs that fill the caches of cut-outs and photographs
+WARM_UP = 8000  # pairs that fill the caches of cut-outs and photographs
 BEGINNING = 500  # of these, timed as well: files are read and decoded
 SIZES = (128, 256)
 

@@ -14,7 +14,7 @@ from varedit.data.synthetic.vocabulary import COLOURS
 
 LANDSCAPES = ("beach", "meadow", "night sky", "snowy landscape", "desert", "sea", "mountains", "sunset", "forest")
 PATTERNS = ("vertical stripes", "horizontal stripes", "checks", "dots")
-MAX_BYTES = 640 * 2**20  # decoded photographs kept by one process
+MAX_BYTES = 768 * 2**20  # decoded photographs kept by one process
 # Pictures of these folders are monotonous (shelves, shirts on a bed): drawn less often.
 MONOTONOUS = {"grocery": 0.2, "clothing": 0.15}
 
