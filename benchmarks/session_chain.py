@@ -27,6 +27,7 @@ from varedit.editing.change_map import ChangeMap
 from varedit.editing.edit import Settings, apply_edit
 from varedit.editing.manifest import make_manifest
 from varedit.editing.mask import box_mask
+from varedit.editing.preserve import reach
 from varedit.editing.session import Session
 from varedit.editing.weights import identify
 from varedit.pipeline import VAREditPipeline, load_pipeline
@@ -80,7 +81,7 @@ def run(pipeline: VAREditPipeline, photo: Path, folder: Path, name: str, num_ste
         picture = np.asarray(session.image().rgb)
         chain.pictures.append(picture)
         if name != "preservation off":
-            chain.touched[:] |= reach(result.change_map, original.shape[:2], mask)
+            chain.touched[:] |= touched(result.change_map, mask, original.shape[:2])
             if (picture != original).any(-1)[~chain.touched].any():
                 raise SystemExit(f"{name}, step {step.number}: a pixel outside the change maps is not the original's")
             chain.kinds.append(result.change_map.kind)
@@ -89,13 +90,9 @@ def run(pipeline: VAREditPipeline, photo: Path, folder: Path, name: str, num_ste
     return chain
 
 
-def reach(change: ChangeMap, shape: tuple[int, int], mask: Image.Image | None) -> np.ndarray:
-    """Where an edit may have changed the picture: the map with the one pixel of its own that it fades over."""
-    if change.kind == "global":
-        reached = np.ones(shape, bool)
-    else:
-        hard = ndimage.binary_dilation(change.hard_HW, np.ones((3, 3)))
-        reached = np.asarray(Image.fromarray(hard).resize(shape[::-1], Image.Resampling.BOX)) > 0
+def touched(change: ChangeMap, mask: Image.Image | None, shape: tuple[int, int]) -> np.ndarray:
+    """Where an edit may have changed the picture: its map with the feather around it, in the mask; bool (H, W)."""
+    reached = reach(change, shape[::-1])
     return reached if mask is None else reached & (np.asarray(mask) > 0)
 
 

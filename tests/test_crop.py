@@ -10,6 +10,7 @@ from PIL import Image
 from varedit.editing.change_map import change_map
 from varedit.editing.crop import CONTEXT, MIN_GAIN, crop_box, cut, place_map, stitch
 from varedit.editing.mask import box_mask, polygon_mask
+from varedit.editing.preserve import reach
 from varedit.image_processor import load_image
 from varedit.scales import nearest_schedule
 
@@ -60,6 +61,21 @@ def test_a_part_put_back_changes_that_part_alone():
     assert not other[7:19, 5:25].any()
     other[7:19, 5:25] = source.rgb16_HW3[7:19, 5:25]
     assert np.array_equal(other, source.rgb16_HW3)
+
+
+@pytest.mark.parametrize("box", [(130, 8, 430, 233), (0, 208, 240, 400), (301, 77, 599, 399), (0, 0, 144, 96)])
+def test_the_map_in_the_whole_covers_all_that_the_edit_of_the_part_may_touch(box):
+    canvas, decoded = torch.zeros(1, 4, 12, 18), torch.zeros(1, 3, 96, 144)
+    nothing, rng = change_map(canvas, canvas, decoded, decoded), np.random.default_rng(box[0])
+    for _ in range(5):
+        hard_HW = np.zeros((96, 144), bool)
+        for top, left in rng.integers(0, 90, (3, 2)):
+            hard_HW[top : top + rng.integers(1, 20), left : left + rng.integers(1, 50)] = True
+        change = replace(nothing, hard_HW=hard_HW, remainder_HW=hard_HW, kind="local", area=float(hard_HW.mean()))
+        touched = np.zeros((400, 600), bool)
+        touched[box[1] : box[3], box[0] : box[2]] = reach(change, (box[2] - box[0], box[3] - box[1]))
+        covered = reach(place_map(change, box, (600, 400), None), (600, 400))
+        assert not (touched & ~covered).any() and covered.mean() < touched.mean() + 0.04
 
 
 def test_the_map_of_a_part_is_placed_in_the_whole():

@@ -46,7 +46,7 @@ class ChangeMap:
 
     Attributes:
         soft_HW: float32 in [0, 1], how surely a pixel changed; 0 outside `hard_HW`'s neighbourhood.
-        hard_HW: bool, the changed area: what a local edit may touch.
+        hard_HW: bool, the changed area. An exact edit fades out around it: `preserve.reach` is what it may touch.
         kind: "none", "local", or "global": one change of the whole picture, which has no outside.
         orientation: of the result against the source; not "same" for a mirrored or turned picture.
         area: share of the picture that changed, 0 to 1.

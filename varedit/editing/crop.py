@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from varedit.editing.change_map import ChangeMap
 from varedit.image_processor import Fit, LoadedImage
@@ -97,11 +98,12 @@ def place_map(change: ChangeMap, box: Box, size: tuple[int, int], mask: Image.Im
     height, width = change.hard_HW.shape
     scale = min(width / (box[2] - box[0]), MAX_MAP_SIDE / max(size))
     map_size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    where = []
+    where, on_grid = [], True
     for axis in (1, 0):
-        start, end = (round(box[edge] * map_size[axis] / size[axis]) for edge in (axis, axis + 2))
-        start = min(start, map_size[axis] - 1)
-        where.append(slice(start, max(end, start + 1)))
+        edges = [box[edge] * map_size[axis] / size[axis] for edge in (axis, axis + 2)]
+        on_grid &= edges[1] - edges[0] == change.hard_HW.shape[1 - axis] and edges[0].is_integer()
+        start = min(round(edges[0]), map_size[axis] - 1)
+        where.append(slice(start, max(round(edges[1]), start + 1)))
 
     def placed(levels_HW: np.ndarray) -> np.ndarray:
         whole_HW = np.zeros(map_size[::-1], np.float32)
@@ -111,6 +113,8 @@ def place_map(change: ChangeMap, box: Box, size: tuple[int, int], mask: Image.Im
         return whole_HW
 
     hard_HW = placed(change.hard_HW) > 0  # any part of a pixel: nothing that changed gets lost
+    if not on_grid:  # nor by rounding the box to pixels of the map
+        hard_HW = ndimage.binary_dilation(hard_HW, np.ones((3, 3)))
     share = (box[2] - box[0]) * (box[3] - box[1]) / (size[0] * size[1])
     stray = None
     if mask is not None and change.stray is not None:
