@@ -175,7 +175,7 @@ def report(chains: dict[str, Chain], curves: dict, model: str) -> str:
         f"- With boxes: the change maps cover {boxes.covered[-1]:.1%} of the picture in the end. After every edit, all "
         f"pixels outside their union are the original's, in the end {(~boxes.touched).sum():,}.",
         f"- Without boxes: {free.kinds.count('global')} of {len(free.kinds)} edits were taken for edits of the whole "
-        f"picture, which have no outside. After the {num_local} edits before the first of them the maps cover "
+        f"picture, which have no outside. After the first {num_local}, none of them such, the maps cover "
         f"{free.covered[num_local - 1] if num_local else 0:.1%}. After every edit, all pixels outside their union are "
         "the original's.",
         "- With preservation off every pixel is drawn anew each time.",
