@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from varedit import __version__
-from varedit.cli import batch, convert, data, doctor, edit, evaluate, inspect, replay, session, train
+from varedit.cli import batch, convert, data, doctor, edit, evaluate, inspect, replay, session, sign, train
 
 app = typer.Typer(
     name="varedit",
@@ -24,6 +24,7 @@ app.command()(edit.edit)
 app.command()(batch.batch)
 app.add_typer(session.app, name="session")
 app.command()(replay.replay)
+app.command()(sign.sign)
 app.command()(convert.convert)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
