@@ -4,7 +4,7 @@
 #                and an object in a drawn scene                           out/scene.png -> out/scene.edited.png
 #   make test    the tests                                                make test-slow for the slow ones as well
 #   make lint    ruff and mypy
-#   make bench   measure, and write benchmarks/results/
+#   make bench   measure edits and conversion, and write benchmarks/results/
 #
 # A try of your own: make edit INSTRUCTION="blur the picture" SEED=3
 
@@ -17,7 +17,7 @@ INSTRUCTION ?= make it black and white
 SCENE_INSTRUCTION ?= make the red circle blue
 SEED ?= 0
 OUT := out
-VECTORS ?= ../shared/parity
+VECTORS ?=
 
 .PHONY: help edit test test-slow lint format bench clean
 .DEFAULT_GOAL := help
@@ -62,8 +62,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-dev
-	@[ -d $(VECTORS) ] || { echo "error: no recorded vectors in $(VECTORS); pass VECTORS=FOLDER"; exit 2; }
+ifeq ($(VECTORS),)
+	@echo "parity is left out: it needs recorded vectors of the released system (VECTORS=FOLDER)"
+else
 	$(BIN)/python benchmarks/parity.py --vectors $(VECTORS) --output benchmarks/results/parity.md
+endif
 	$(BIN)/python benchmarks/convert_memory.py
 	$(BIN)/python benchmarks/edit.py --model varedit/models/tiny --size 128 --dtype float32 --repeats 5 --output benchmarks/results/edit_tiny_128.md
 	$(BIN)/python benchmarks/edit.py --preset 2b-512 --size 256 --output benchmarks/results/edit_2b_256.md

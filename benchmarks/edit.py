@@ -85,8 +85,8 @@ def main(
         f"- parameters: {sum(p.numel() for p in pipeline.transformer.parameters()) / 1e9:.2f} G transformer, "
         f"{sum(p.numel() for p in pipeline.image_tokenizer.parameters()) / 1e9:.3f} G image tokenizer",
         f"- building the weights: {built:.1f} s",
-        f"- **one edit: {median[-1]:.1f} s**, peak memory {peak_gib(device):.2f} GiB",
-        "- seconds until each scale was done: " + ", ".join(f"{value:.1f}" for value in median[:-1]),
+        f"- **one edit: {median[-1]:.2f} s**, peak memory {peak_gib(device):.2f} GiB",
+        "- seconds until each scale was done: " + ", ".join(f"{value:.2f}" for value in median[:-1]),
     ]
     typer.echo("\n".join(lines))
     if output:

@@ -7,7 +7,7 @@ The same instructions and seeds run through three sessions: with boxes, without,
 first two must be the original's; the command fails otherwise. PSNR and SSIM to the original after each edit are
 measured outside the boxes' union for all three. Writes a table, a plot and a strip of pictures.
 
-The photograph (a cup of coffee, Rachel Michetti, public domain) comes with scikit-image.
+The photograph (a cup of coffee, Rachel Michetti, CC0) comes with scikit-image.
 """
 
 import tempfile

@@ -4,7 +4,7 @@ python docs/sample.py photo out/sample.jpg
 python docs/sample.py scene out/scene.png
 python docs/sample.py compare BEFORE AFTER OUT
 
-The photograph (a cup of coffee, Rachel Michetti, public domain) comes with scikit-image. The scene is of the procedural
+The photograph (a cup of coffee, Rachel Michetti, CC0) comes with scikit-image. The scene is of the procedural
 world's test split; it is one of those that the default model gets right.
 """
 

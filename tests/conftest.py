@@ -19,7 +19,7 @@ def shared_dir() -> Path:
     """The folder of recorded vectors and pictures that may lie beside the checkout."""
     folder = REPOSITORY.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("needs the folder ../shared beside the checkout (recorded vectors, pictures)")
+        pytest.skip("needs recorded vectors and pictures that are not in the repository")
     return folder
 
 
@@ -28,7 +28,7 @@ def parity_dir(shared_dir: Path) -> Path:
     """Recorded inputs, weights and outputs of the released system."""
     folder = shared_dir / "parity"
     if not folder.is_dir():
-        pytest.skip("needs the recorded vectors in ../shared/parity")
+        pytest.skip("needs the recorded vectors, which are not in the repository")
     return folder
 
 

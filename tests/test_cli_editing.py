@@ -264,5 +264,5 @@ def test_without_ray_one_line_says_so(varedit, photo, tmp_path):
     if importlib.util.find_spec("ray"):
         pytest.skip("Ray is installed")
     ran = varedit("batch", photo.parent, "-o", tmp_path / "o", "--instruction=x", "--ray")
-    ran.assert_refused("--ray", "varedit[ray]")
+    ran.assert_refused("--ray", "ray[data]")
     assert not (tmp_path / "o").exists()

@@ -23,7 +23,7 @@ def _need_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise ValueError("adapters need the package peft; install it with pip install 'varedit[train]'") from error
+        raise ValueError("adapters need the package peft; pip install peft") from error
 
 
 def add_lora(

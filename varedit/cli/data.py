@@ -15,7 +15,7 @@ app.add_typer(data_commands.app)
 def synth(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
     count: Annotated[int, typer.Option(help="Number of pairs.")] = 100,
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 256,
+    size: Annotated[int, typer.Option(help="Size class: 128, 256, 512, 768 or 1024.")] = 256,
     seed: Annotated[int, typer.Option(help="Same seed, same pairs.")] = 0,
     objects: Annotated[
         Path | None,

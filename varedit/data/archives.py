@@ -83,7 +83,7 @@ def open_archive(paths: list[Path]) -> Any:
         import indexed_gzip
     except ImportError as error:
         raise ValueError(
-            f"{paths[0]} is gzip, which needs indexed_gzip to seek in: pip install 'varedit[data]', or unpack it"
+            f"{paths[0]} is gzip, which needs indexed_gzip to seek in: pip install indexed_gzip, or unpack it"
         ) from error
     return indexed_gzip.IndexedGzipFile(fileobj=io.BufferedReader(joined))
 

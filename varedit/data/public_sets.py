@@ -84,7 +84,7 @@ def pyarrow_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("parquet files need pyarrow: pip install 'varedit[data]'") from error
+        raise ValueError("parquet files need pyarrow: pip install pyarrow") from error
     return pyarrow.parquet
 
 

@@ -23,7 +23,7 @@ def require_ray() -> None:
     try:
         import ray.data  # noqa: F401
     except ImportError:
-        raise ValueError('--ray needs Ray Data; install it with: pip install "varedit[ray]"') from None
+        raise ValueError('--ray needs Ray Data: pip install "ray[data]"') from None
 
 
 class RayWorker:
