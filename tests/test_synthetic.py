@@ -335,7 +335,7 @@ def test_a_folder_of_the_world_holds_its_pairs(folders: tuple[Path, Path], pairs
 def test_real_cutouts_and_photographs(shared_dir: Path) -> None:
     objects, photos = shared_dir / "data" / "objects", shared_dir / "data" / "photos"
     if not (objects.is_dir() and photos.is_dir()):
-        pytest.skip("needs the folders data/objects and data/photos of ../shared")
+        pytest.skip("needs folders of cut-outs and photographs that are not in the repository")
     world = World(objects, photos, split="test", size=128)
     tested = {json.loads(line)["file"] for line in (photos / "index.jsonl").open() if '"split": "test"' in line}
     for index in range(60):

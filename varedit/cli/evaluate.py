@@ -33,7 +33,9 @@ def run(  # noqa: PLR0913 - one argument an option
         Path | None,
         typer.Option(help="The benchmark's files; procedural: objects/ and photos/.", show_default="download, or draw"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="The first so many cases.", show_default="all; of procedural 300")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first so many cases.", show_default="all; of procedural 300")
+    ] = None,
     size: Annotated[int, typer.Option(help="Size class of the procedural pictures.")] = 128,
     seed: Annotated[int, typer.Option(help="Every case gets its own from it.")] = 0,
     metrics: Annotated[
