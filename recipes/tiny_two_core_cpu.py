@@ -31,6 +31,7 @@ from torch import Tensor
 from varedit.data.synthetic import Pair, World
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.model_folder import forget_origin
 from varedit.pipeline import VAREditPipeline, load_pipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.scales import ScaleSchedule, scale_schedule
@@ -316,10 +317,7 @@ def export(run: Run, output: Path = Path("varedit/models/tiny")) -> None:
     folder = run / "export"
     pipeline.save_pretrained(folder)
     VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
-    for file in [*output.glob("*/config.json"), output / "model_index.json"]:
-        values = json.loads(file.read_text())
-        values.pop("_name_or_path", None)  # the folder of this run is nobody's business
-        file.write_text(json.dumps(values, indent=2) + "\n")
+    forget_origin(output)
 
 
 def edit_scores(pair: Pair, source: np.ndarray, target: np.ndarray, result: np.ndarray) -> dict:

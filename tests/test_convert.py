@@ -473,7 +473,7 @@ def test_bad_index(problem, transformer, files, tmp_path):
 
 def test_existing_output_is_kept_unless_overwritten(files, tmp_path):
     output = convert(**files, output=tmp_path / "out", size=512)
-    with pytest.raises(ConvertError, match="exists"):
+    with pytest.raises(ValueError, match="exists"):
         convert(**files, output=output, size=256)
     assert VAREditPipeline.from_pretrained(output).config.size == 512
     convert(**files, output=output, size=256, overwrite=True)
@@ -484,7 +484,8 @@ def test_existing_output_is_kept_unless_overwritten(files, tmp_path):
 def test_overwrite_spares_what_is_no_model(files, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("dear")
-    refused(files, tmp_path, "no model folder", overwrite=True)
+    with pytest.raises(ValueError, match="no model folder"):
+        convert(**files, output=tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "dear"
 
 

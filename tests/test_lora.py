@@ -117,6 +117,23 @@ def test_adapters_of_two_trainings_stack_and_merge_in_any_order(trained, tmp_pat
     assert not any(torch.equal(results[0], single) for single in (before, first, second))
 
 
+def test_the_command_merges_into_a_model_folder(trained, varedit, model_folder, tmp_path):
+    _, before, after = trained
+    assert torch.equal(bits(VAREditPipeline.from_pretrained(model_folder)), before)
+    merged = tmp_path / "merged"
+    merge = ["train", "merge", "--model", model_folder, "-o", merged, "--dtype=float32"]
+    ran = varedit(*merge, tmp_path)
+    assert ran.code == 0 and "1 merged" in ran.out, ran.err
+    assert torch.equal(bits(VAREditPipeline.from_pretrained(merged)), after)
+    assert not any(str(model_folder) in path.read_text() for path in merged.rglob("*.json"))
+    varedit(*merge, tmp_path).assert_refused("merged", "--overwrite")
+    assert varedit(*merge, f"{tmp_path}=0", "--overwrite").code == 0
+    assert torch.equal(bits(VAREditPipeline.from_pretrained(merged)), before)
+    varedit(*merge, f"{tmp_path}=much", "--overwrite").assert_refused("much", "no number")
+    varedit(*merge, tmp_path / "none", "--overwrite").assert_refused("none", "not there")
+    assert torch.equal(bits(VAREditPipeline.from_pretrained(merged)), before)
+
+
 def test_refusals(trained, tmp_path):
     fresh = tiny_pipeline()
     with pytest.raises(ValueError, match="not there"):

@@ -4,16 +4,13 @@ Every size is inferred from the tensors, every key is accounted for, files are m
 tensor: no model is ever built with weights in it. Loading is restricted to tensors: a pickle with code is refused.
 """
 
-import contextlib
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from torch import nn
 
 from varedit.checkpoint_files import Checkpoint, ConvertError, first_line, open_checkpoint
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.model_folder import check_folder, written_whole
 from varedit.pipeline import VAREditPipeline
 from varedit.presets import PRESETS, Preset
 from varedit.scales import NUM_SCALES
@@ -73,10 +71,10 @@ def convert(
     settings = _settings(preset, position_layout, fit, size)
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ConvertError(f"dtype {dtype} is not supported (T5 overflows in float16); use float32 or bfloat16")
-    _check_output(output, overwrite)
+    check_folder(output, overwrite)
     parts = _match_parts(Path(transformer), Path(image_tokenizer), settings)
     try:
-        with _written_whole(output) as folder:
+        with written_whole(output) as folder:
             components = {"text_encoder": None, "tokenizer": None}
             if text_encoder is not None:
                 text_features = parts["transformer"].model.config.text_features
@@ -350,35 +348,6 @@ def _account(model: nn.Module, checkpoint: Checkpoint, keys: dict[str, str], par
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if not (output.exists() or output.is_symlink()):
-        return
-    if not overwrite:
-        raise ConvertError(f"{output} exists; choose another folder or pass --overwrite")
-    if not (output / "model_index.json").is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ConvertError(f"{output} exists and is no model folder; choose another --output")
-
-
-@contextlib.contextmanager
-def _written_whole(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place at the end, or vanishes on any error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    parent = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        folder = parent / "new"
-        folder.mkdir()  # unlike mkdtemp's, with the usual permissions
-        yield folder
-        old = output.rename(parent / "old") if output.exists() else None
-        try:
-            folder.rename(output)
-        except BaseException:
-            if old:
-                old.rename(output)
-            raise
-    finally:
-        shutil.rmtree(parent, ignore_errors=True)
 
 
 def _write_part(part: _Part, folder: Path, dtype: torch.dtype | None) -> None:

@@ -1,11 +1,15 @@
 """`varedit train`: the editor and the image tokenizer, on one process or, started by torchrun, on many."""
 
 import logging
+import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from varedit.cli import options
+from varedit.cli.edit import load_model
 
 if TYPE_CHECKING:
     from varedit.training.config import RunConfig
@@ -44,6 +48,47 @@ def tokenizer(config: ConfigFile, output: Output, overrides: Overrides = None, r
     from varedit.training.config import TokenizerConfig, load_config
 
     _train(load_config(TokenizerConfig, config, overrides or []), output, resume)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Folders of adapters (RUN/lora), or FOLDER=FACTOR.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new model.", show_default=False)],
+    model: options.Model = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the new model's weights.")] = "bfloat16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
+) -> None:
+    """Add adapters into their model and save it as one that every command takes: --model OUTPUT."""
+    from varedit.lora import load_lora, merge_lora, stack_lora
+    from varedit.model_folder import check_folder, forget_origin, written_whole
+
+    check_folder(output, overwrite)
+    factors = dict(_factor(text) for text in adapters)
+    pipeline = load_model(model, "cpu", dtype)
+    names = {folder: f"adapter{number}" for number, folder in enumerate(factors)}
+    for folder, name in names.items():
+        load_lora(pipeline, folder, name)
+    stack_lora(pipeline, {names[folder]: factor for folder, factor in factors.items()})
+    merge_lora(pipeline)
+    with written_whole(output) as partial:
+        pipeline.save_pretrained(partial)
+        forget_origin(partial)
+    typer.echo(f"{output}: {len(factors)} merged")
+
+
+def _factor(text: str) -> tuple[str, float]:
+    """FOLDER or FOLDER=FACTOR. Raises ValueError."""
+    folder, found, factor = text.rpartition("=")
+    if not found or Path(text).exists():
+        return text, 1.0
+    try:
+        if math.isfinite(value := float(factor)):
+            return folder, value
+    except ValueError:
+        pass
+    raise ValueError(f"adapter {text!r} has the factor {factor!r}, which is no number; use FOLDER or FOLDER=0.7")
 
 
 def _train(settings: "RunConfig", output: Path, resume: bool) -> None:

@@ -1,0 +1,46 @@
+"""Model folders that are written whole or not at all."""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_folder(output: Path, overwrite: bool) -> None:
+    """Raise ValueError where a model cannot be written: the folder exists, or holds something else than a model."""
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not overwrite:
+        raise ValueError(f"{output} exists; choose another folder or pass --overwrite")
+    if not (output / "model_index.json").is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is no model folder; choose another --output")
+
+
+@contextlib.contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place at the end, or vanishes on any error."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    parent = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        folder = parent / "new"
+        folder.mkdir()  # unlike mkdtemp's, with the usual permissions
+        yield folder
+        old = output.rename(parent / "old") if output.exists() else None
+        try:
+            folder.rename(output)
+        except BaseException:
+            if old:
+                old.rename(output)
+            raise
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def forget_origin(folder: Path) -> None:
+    """Take the note where its parts were loaded from out of a saved model: that folder is nobody's business."""
+    for file in [*folder.glob("*/config.json"), folder / "model_index.json"]:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
