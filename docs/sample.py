@@ -4,8 +4,8 @@ python docs/sample.py photo out/sample.jpg
 python docs/sample.py scene out/scene.png
 python docs/sample.py compare BEFORE AFTER OUT
 
-The photograph (a cup of coffee, Rachel Michetti, CC0) comes with scikit-image. The scene is of the procedural
-world's test split; it is one of those that the default model gets right.
+The photograph (a cup of coffee, Rachel Michetti, CC0) comes with scikit-image. The scene is one of
+the procedural world's test split, and one of those that the default model gets right.
 """
 
 import sys
@@ -25,11 +25,18 @@ def photo(output: Path) -> None:
 
 
 def scene(output: Path) -> None:
-    """Write a drawn scene, 576 x 432."""
-    from varedit.data.synthetic import World
+    """Write a drawn scene, 576 x 432: the same one on every machine, since it has no emoji, which are the system's."""
+    from varedit.data.synthetic.scene import Item, Renderer, Scene
 
+    drawn = Scene(
+        {"kind": "landscape", "name": "meadow", "seed": 270456986},
+        (
+            Item("primitive", "cylinder", 0.4711, 0.8184, 0.259, "black", shade=3, material="matte"),
+            Item("shape", "circle", 0.1799, 0.3477, 0.379, "red"),
+        ),
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(World(split="test", size=512, height_over_width=0.75).pair(3, 142).source).save(output)
+    Image.fromarray(Renderer(None, None, "test", 432, 576).render(drawn)).save(output)
 
 
 def compare(before: Path, after: Path, output: Path) -> None:

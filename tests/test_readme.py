@@ -103,3 +103,11 @@ def test_names_in_how_it_works_exist_in_the_code():
         if len(name) > 2 and not name.endswith((".py", "_BlC2")) and name not in ("DiffusionPipeline.from_pretrained",):
             last = name.split(".")[-1]
             assert re.search(rf"\b{last}\b", code), f"how_it_works.md names {name}, which is not in the code"
+
+
+def test_the_drawn_scene_is_the_one_that_make_edit_names(tmp_path):
+    """On every machine: emoji, which are the system's, would change what is drawn."""
+    pytest.importorskip("skimage")
+    subprocess.run([sys.executable, REPOSITORY / "docs/sample.py", "scene", tmp_path / "scene.png"], check=True)
+    red, green, blue = Image.open(tmp_path / "scene.png").getpixel((103, 150))
+    assert "make the red circle blue" in (REPOSITORY / "Makefile").read_text() and red > 180 > 100 > max(green, blue)
