@@ -79,7 +79,7 @@ class Settings:
 
 
 def wanted(pair: Pair) -> bool:
-    """Kinds that a small model learns; no emoji, which would make the data depend on the fonts of the machine."""
+    """Kinds that a small model learns; no emoji, whose pictures are the system's."""
     items = [*pair.scene["objects"], *pair.target_scene["objects"]]
     return pair.edit_type in KINDS and all(item["kind"] in ("shape", "primitive") for item in items)
 
