@@ -20,7 +20,7 @@ from PIL import Image
 
 from varedit.editing.edit import EditRequest, EditResult, apply_edit, apply_edits
 from varedit.editing.mask import box_mask
-from varedit.editing.weights import identify
+from varedit.editing.model_identity import identify
 from varedit.pipeline import default_device, load_pipeline
 
 SHAPES = ((400, 400), (400, 300), (300, 400), (400, 267), (267, 400), (400, 200), (200, 400), (390, 150))

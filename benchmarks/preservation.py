@@ -30,8 +30,8 @@ from varedit import quantizer
 from varedit.data.synthetic import World
 from varedit.editing.change_map import Calibration, ChangeMap, change_map
 from varedit.editing.edit import EditRequest, Settings, apply_edits, result_canvas
+from varedit.editing.model_identity import identify
 from varedit.editing.preserve import preserve
-from varedit.editing.weights import identify
 from varedit.image_processor import load_image, prepare, to_pil
 from varedit.pipeline import VAREditPipeline, load_pipeline
 
@@ -340,8 +340,10 @@ def local_table(rows: dict[str, list[dict]]) -> list[str]:
     body = []
     for editor, all_rows in rows.items():
         local = [row for row in all_rows if not row["whole"]]
-        for kind in ["all", *sorted({row["kind"] for row in local})]:
-            part = [row for row in local if kind in ("all", row["kind"])]
+        groups = {"all": local, "all but background": [row for row in local if row["kind"] != "background"]}
+        for kind in sorted({row["kind"] for row in local}):
+            groups[kind] = [row for row in local if row["kind"] == kind]
+        for kind, part in groups.items():
             total = {name: sum(row[name] for row in part) for name in ("outside", "same", "far", "same_far")}
             shares = [
                 100 * total[same] / max(total[base], 1) for same, base in (("same", "outside"), ("same_far", "far"))

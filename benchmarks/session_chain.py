@@ -27,9 +27,9 @@ from varedit.editing.change_map import ChangeMap
 from varedit.editing.edit import Settings, apply_edit
 from varedit.editing.manifest import make_manifest
 from varedit.editing.mask import box_mask
+from varedit.editing.model_identity import identify
 from varedit.editing.preserve import reach
 from varedit.editing.session import Session
-from varedit.editing.weights import identify
 from varedit.pipeline import VAREditPipeline, load_pipeline
 
 STEPS = (

@@ -24,8 +24,8 @@ from varedit.editing.manifest import (
     side_file,
 )
 from varedit.editing.mask import box_mask
+from varedit.editing.model_identity import folder_sha256, identify, identify_folder, state_sha256
 from varedit.editing.replay import check_file, check_model, replay
-from varedit.editing.weights import folder_sha256, identify, identify_folder, state_sha256
 from varedit.image_processor import ImageError, load_image
 from varedit.image_writer import encode_image, save_image
 from varedit.pipeline import VAREditPipeline, load_pipeline
@@ -223,7 +223,7 @@ def test_pixel_hash_is_of_size_and_pixels(picture):
 
 
 def test_weights_are_hashed_once_and_by_content(tmp_path):
-    from varedit.editing import weights
+    from varedit.editing import model_identity
 
     file = tmp_path / "part" / "a.safetensors"
     file.parent.mkdir()
@@ -232,7 +232,7 @@ def test_weights_are_hashed_once_and_by_content(tmp_path):
     times = file.stat().st_mtime_ns
     file.write_bytes(b"5678")
     os.utime(file, ns=(times, times))
-    weights._known.clear()  # another process
+    model_identity._known.clear()  # another process
     assert folder_sha256(tmp_path) == first  # same time, same size: remembered
     os.utime(file, ns=(times + 10**9, times + 10**9))
     assert folder_sha256(tmp_path) != first

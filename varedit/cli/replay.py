@@ -52,9 +52,9 @@ def replay(
 
     from varedit.cli.edit import check_outputs
     from varedit.editing.manifest import SIDE_SUFFIX, read_manifest, save_with_manifest
+    from varedit.editing.model_identity import identify_folder
     from varedit.editing.replay import check_file, check_inputs, check_model
     from varedit.editing.replay import replay as replay_edit
-    from varedit.editing.weights import identify_folder
     from varedit.image_processor import load_image
 
     manifest = read_manifest(file)
@@ -89,9 +89,9 @@ def replay(
 
 def _replay_session(folder: Path, model: str | None, device: str | None, dtype: str | None) -> None:
     """Every step of a session, each from its parent's picture."""
+    from varedit.editing.model_identity import identify_folder
     from varedit.editing.replay import check_model
     from varedit.editing.session import Session
-    from varedit.editing.weights import identify_folder
 
     session = Session.open(folder)
     if not session.steps:

@@ -34,7 +34,7 @@ from varedit.editing.manifest import (
     side_file,
 )
 from varedit.editing.mask import image_mask
-from varedit.editing.weights import ModelIdentity, identify, identify_folder, model_defaults
+from varedit.editing.model_identity import ModelIdentity, identify, identify_folder, model_defaults
 from varedit.image_processor import load_image
 from varedit.pipeline import VAREditPipeline, load_pipeline
 

@@ -28,7 +28,7 @@ from PIL import Image
 from varedit import __version__
 from varedit.editing.durable import write_durably
 from varedit.editing.edit import EditResult, Settings
-from varedit.editing.weights import ModelIdentity, identify
+from varedit.editing.model_identity import ModelIdentity, identify
 from varedit.image_processor import ImageError, LoadedImage, load_image
 from varedit.image_writer import check_output, encode_image
 from varedit.pipeline import VAREditPipeline, check_prompt, check_seed
@@ -61,7 +61,7 @@ class Manifest:
             width, height.
         output: sha256 (and sha256_16) of the pixels before they were encoded, sha256 of the model's bits; the box of a
             crop (left, top, right, bottom), and the motion that was found.
-        model: which one, see `weights.identify`. Earlier versions recorded no `configs`.
+        model: which one, see `model_identity.identify`. Earlier versions recorded no `configs`.
         software: versions. The bits do not depend on most of them; a replay that differs names those that differ.
         device: kind and model of the processor, dtype of the weights; of a CPU also the number of threads.
         mask: sha256, box where it is a plain rectangle (left, top, width, height), name of its file; None without one.

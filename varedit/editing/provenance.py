@@ -50,12 +50,15 @@ def sign(
     if manifest is None:
         raise ValueError(f"{str(file)!r} does not say how it was made; sign what varedit edit wrote with its manifest")
     builder = c2pa.Builder(json.dumps(_statement(file, manifest, source is not None)))
+    if source is not None:
+        _check_source(source, manifest)
+        ingredient = {"title": source.name, "relationship": "parentOf", "label": INPUT_LABEL}
+        try:
+            builder.add_ingredient(json.dumps(ingredient), _media_type(source), io.BytesIO(source.read_bytes()))
+        except c2pa.C2paError as error:
+            raise ValueError(f"{str(source)!r} cannot be the parent ({error}); leave --input out") from error
     signed = io.BytesIO()
     try:
-        if source is not None:
-            _check_source(source, manifest)
-            ingredient = {"title": source.name, "relationship": "parentOf", "label": INPUT_LABEL}
-            builder.add_ingredient(json.dumps(ingredient), _media_type(source), io.BytesIO(source.read_bytes()))
         info = c2pa.C2paSignerInfo(_algorithm(key), _pem(certificate), _pem(key), None)
         builder.sign(c2pa.Signer.from_info(info), media, io.BytesIO(file.read_bytes()), signed)
     except c2pa.C2paError as error:

@@ -17,7 +17,7 @@ from varedit.editing.manifest import (
     pixels_sha256,
     software,
 )
-from varedit.editing.weights import ModelIdentity, state_configs, state_sha256
+from varedit.editing.model_identity import ModelIdentity, state_configs, state_sha256
 from varedit.image_processor import LoadedImage, load_image
 from varedit.image_writer import encode_image
 from varedit.pipeline import VAREditPipeline

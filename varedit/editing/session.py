@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from varedit.editing.edit import EditResult, Settings
     from varedit.editing.manifest import Manifest
+    from varedit.editing.model_identity import ModelIdentity
     from varedit.editing.replay import Replay
-    from varedit.editing.weights import ModelIdentity
     from varedit.image_processor import LoadedImage
     from varedit.pipeline import ScaleStep, VAREditPipeline
 
