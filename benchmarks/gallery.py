@@ -26,13 +26,12 @@ import numpy as np
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
-from varedit.cli.edit import load_model
 from varedit.data.synthetic import Pair
 from varedit.editing.durable import write_durably
 from varedit.editing.edit import EditRequest, apply_edits
 from varedit.evaluation.checker import Verdict
 from varedit.evaluation.held_out import HeldOut
-from varedit.pipeline import VAREditPipeline
+from varedit.pipeline import VAREditPipeline, load_pipeline
 
 SEED = 41
 """Of the stream of held-out pairs."""
@@ -205,7 +204,7 @@ def main(
 ) -> None:
     if committed and photos is not None:
         raise typer.BadParameter("--committed brings its own photographs; leave out --photos")
-    pipeline = load_model(model, None, None)
+    pipeline = load_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.config.size
     if committed:

@@ -20,7 +20,6 @@ import typer
 from PIL import Image
 from scipy.stats import binomtest
 
-from varedit.cli.edit import load_model
 from varedit.data.synthetic import Pair, grammar, vocabulary
 from varedit.data.synthetic.phrases import STUFF
 from varedit.data.synthetic.scene import Item
@@ -29,7 +28,7 @@ from varedit.editing.durable import write_durably
 from varedit.editing.edit import EditRequest, apply_edits
 from varedit.evaluation.held_out import HeldOut, objects_of
 from varedit.evaluation.scores import bootstrap
-from varedit.pipeline import VAREditPipeline
+from varedit.pipeline import VAREditPipeline, load_pipeline
 
 FILE = Path(__file__).with_name("paraphrases.jsonl")
 SEED = 31
@@ -249,7 +248,7 @@ def main(
     batch_size: int = 25,
     output: Annotated[Path | None, typer.Option(help="Markdown file; with a .jsonl of all cases beside it.")] = None,
 ) -> None:
-    pipeline = load_model(model, None, None)
+    pipeline = load_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     held_out = HeldOut(objects, photos, pipeline.config.size, seed=SEED)
     cases, rows = choose(held_out, count), list[dict]()

@@ -16,13 +16,12 @@ import numpy as np
 import typer
 from PIL import Image
 
-from varedit.cli.edit import load_model
 from varedit.editing.durable import write_durably
 from varedit.editing.edit import EditRequest, Settings, apply_edits
 from varedit.evaluation.checker import Verdict
 from varedit.evaluation.held_out import HeldOut
 from varedit.evaluation.scores import bootstrap
-from varedit.pipeline import VAREditPipeline
+from varedit.pipeline import VAREditPipeline, load_pipeline
 
 SEED = 53
 """Of the stream of held-out pairs."""
@@ -89,7 +88,7 @@ def main(
         if t > 0 or p == numbers(top_ps)[0]
     ]
     chosen = [Settings(g, t, p, preserve=preserve) for g, t, p in grid]  # refused before the model is loaded
-    pipeline = load_model(model, None, None)
+    pipeline = load_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     held_out = HeldOut(objects, photos, pipeline.config.size, seed=SEED)
     indices = list(itertools.islice(held_out.judgeable(), count))

@@ -26,12 +26,11 @@ from PIL import Image
 from tiny_two_core_cpu import DEFAULTS, EDITOR, SIZE, edit_scores, encode_batch, to_batch
 from torch import Tensor
 
-from varedit.cli.edit import load_model
 from varedit.data.synthetic import Pair, World
 from varedit.evaluation.held_out import HeldOut
 from varedit.evaluation.scores import write_json
 from varedit.image_processor import to_pil
-from varedit.pipeline import VAREditPipeline
+from varedit.pipeline import VAREditPipeline, load_pipeline
 from varedit.quantizer import encode_bits, teacher_forcing
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
@@ -310,7 +309,7 @@ def main(
     numbers = [int(seed) for seed in seeds.split(",")]
     settings = Settings(steps, pairs, cases, width, depth, batch_size, guidance_scale)
     run.mkdir(parents=True, exist_ok=True)
-    companions = load_model(None, "cpu", None)
+    companions = load_pipeline(device="cpu")
     # Seed by seed, so that what is done at any moment compares.
     paths = [do_run(run, variant, seed, settings, companions) for seed in numbers for variant in variants]
     if report is not None:

@@ -22,7 +22,21 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from tiny_two_core_cpu import ASPECTS, DEFAULTS, EDITOR, SIZE, TOKENIZER, Folder, Progress, Run, laplacian_loss
+from tiny_two_core_cpu import (
+    ASPECTS,
+    DEFAULTS,
+    EDITOR,
+    EDITS,
+    MASK_WEIGHT,
+    NAME_WEIGHT,
+    SIZE,
+    TOKENIZER,
+    Folder,
+    Progress,
+    Run,
+    laplacian_loss,
+    transformer_weights,
+)
 from torch import Tensor, nn
 
 from varedit.data.features import load_text_encoder
@@ -32,6 +46,7 @@ from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
+from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
 from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
 from varedit.training.trainer import compile_blocks
@@ -59,6 +74,8 @@ class Preset:
     tokenizer_pairs: int
     editor_steps: int
     editor_pairs: int
+    read: tuple[int, int] = (1, 3)
+    """Blocks at which `Grounding` reads the names and the change mask."""
     muon_lr: float = 0.015
 
 
@@ -71,6 +88,7 @@ PRESETS = {
         tokenizer_pairs=32,
         editor_steps=12_000,
         editor_pairs=96,
+        read=(3, 7),
     ),
     "cpu": Preset(
         size=SIZE,
@@ -89,6 +107,7 @@ PRESETS = {
         tokenizer_pairs=2,
         editor_steps=6,
         editor_pairs=2,
+        read=(0, 0),
     ),
 }
 
@@ -118,28 +137,27 @@ def slots(count: int = 60) -> list[float]:
 
 @dataclass
 class PairBatch:
-    """Pairs of one template: uint8 (B, H, W, 3) twice, bool (B, H, W), and the instructions."""
+    """Pairs of one template: uint8 (B, H, W, 3) twice, bool (B, H, W), instructions, and what `phrase_rows` says."""
 
     schedule: ScaleSchedule
     source: np.ndarray
     target: np.ndarray
     mask: np.ndarray
     prompts: list[str]
+    phrases: list[str]
+    name_rows: np.ndarray
 
 
 class Pairs(torch.utils.data.IterableDataset):
     """Endless batches from number `first` on; number n is a function of (seed, n), whoever makes it."""
 
     def __init__(
-        self, objects: Path | None, photos: Path | None, size: int, batch_size: int, seed: int, first: int
-    ) -> None:
-        self.folders, self.size, self.batch_size, self.seed, self.first = (
-            (objects, photos),
-            size,
-            batch_size,
-            seed,
-            first,
-        )
+        self, objects: Path | None, photos: Path | None, size: int, batch_size: int, seed: int, first: int,
+        weights: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.folders, self.size, self.batch_size, self.seed, self.first, self.weights = (
+            (objects, photos), size, batch_size, seed, first, weights,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[PairBatch]:
         worker = torch.utils.data.get_worker_info()
@@ -150,11 +168,14 @@ class Pairs(torch.utils.data.IterableDataset):
         while True:
             ratio = round_of[number % len(round_of)]
             if ratio not in worlds:
-                worlds[ratio] = World(*self.folders, "train", self.size, ratio)
+                worlds[ratio] = World(*self.folders, "train", self.size, ratio, self.weights)
             pairs = [worlds[ratio].pair(self.seed, number * self.batch_size + i) for i in range(self.batch_size)]
             source, target, mask = (np.stack([getattr(pair, name) for pair in pairs]) for name in
                                     ("source", "target", "mask"))  # fmt: skip
-            yield PairBatch(scale_schedule(self.size, ratio), source, target, mask, [p.instruction for p in pairs])
+            schedule = scale_schedule(self.size, ratio)
+            phrases, name_rows = phrase_rows([pair.scene for pair in pairs], schedule.finest)
+            prompts = [pair.instruction for pair in pairs]
+            yield PairBatch(schedule, source, target, mask, prompts, phrases, name_rows.numpy())
             number += stride
 
 
@@ -274,12 +295,12 @@ def editor(
     torch.manual_seed(seed)
     model = VAREditTransformer(**chosen.editor)
     model.initialize()
-    model = model.train().to(device)
-    optimizers = muon_and_adamw(model, chosen.muon_lr, chosen.muon_lr / 10, prefix="blocks.")
-    progress = Chunk(run, "editor", minutes, steps or chosen.editor_steps, model, optimizers)
+    parts = nn.ModuleDict({"transformer": model, "grounding": Grounding(model, *chosen.read)}).train().to(device)
+    optimizers = muon_and_adamw(parts, chosen.muon_lr, chosen.muon_lr / 10, prefix="transformer.blocks.")
+    progress = Chunk(run, "editor", minutes, steps or chosen.editor_steps, parts, optimizers)
     if compile:
         compile_blocks(model)
-    dataset = Pairs(objects, photos, chosen.size, chosen.editor_pairs, seed, progress.step)
+    dataset = Pairs(objects, photos, chosen.size, chosen.editor_pairs, seed, progress.step, EDITS)
     batches, patch_size = loader(dataset, num_workers), image_tokenizer.config.patch_size
     while not progress.done:
         batch, generator = next(batches), step_generator(seed, progress.step, device)
@@ -294,13 +315,19 @@ def editor(
                 batch.schedule, forced.inputs_BLC, source_BChw=source_BChw,
                 text_BTF=text_BTF, text_mask_BT=mask_BT, drop_text_B=drop_B,
             )  # fmt: skip
-        weights_BL = edit_weights(torch.from_numpy(batch.mask).to(device), batch.schedule, edit_weight)
+        mask_BHW = torch.from_numpy(batch.mask).to(device)
+        weights_BL = edit_weights(mask_BHW, batch.schedule, edit_weight)
         loss = objective(logits, forced.bits_BLC, batch.schedule, weights_BL)
-        progress.update(loss, clip=2.0)
+        name_BS = torch.from_numpy(batch.name_rows).to(device)
+        name_loss, mask_loss = parts["grounding"](batch.schedule, name_BS, text.names(batch.phrases), mask_BHW)
+        progress.update(loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss, clip=2.0)
         metrics = {}
         if (progress.step + 1) % 20 == 0:
             accuracy = bit_accuracy(logits.detach(), forced.bits_BLC, batch.schedule)
-            metrics = {"loss": loss.item(), "accuracy": [round(a, 4) for a in accuracy.tolist()]}
+            metrics = {
+                "loss": loss.item(), "name_loss": name_loss.item(), "mask_loss": mask_loss.item(),
+                "accuracy": [round(a, 4) for a in accuracy.tolist()],
+            }  # fmt: skip
         progress.advance(len(source), metrics)
     progress.finish()
 
@@ -314,9 +341,17 @@ class Text:
         self.encoder, self.max_tokens = encoder.to(device), max_tokens
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        states = encode_prompts(prompts, self.tokenizer, self.encoder, self.max_tokens, batch_size=64)
-        text_BTF, mask_BT = pad_text(states)
+        text_BTF, mask_BT = pad_text(self._states(prompts))
         return text_BTF.float(), mask_BT
+
+    def names(self, phrases: list[str]) -> Tensor:
+        """Embeddings of phrases, float32 (P, F); one row of zeros where there are none."""
+        if not phrases:
+            return torch.zeros(1, self.encoder.config.hidden_size, device=self.encoder.device)
+        return phrase_embeddings(self._states(phrases))
+
+    def _states(self, prompts: list[str]) -> list[Tensor]:
+        return encode_prompts(prompts, self.tokenizer, self.encoder, self.max_tokens, batch_size=64)
 
 
 # -- what comes out --
@@ -327,7 +362,8 @@ def load_part(run: Path, name: str, model: nn.Module) -> nn.Module:
     path = run / f"{name}.pt"
     if not path.exists():
         raise typer.BadParameter(f"{path} does not exist; train the {name} first")
-    model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["model"])
+    state = torch.load(path, weights_only=True, map_location="cpu")["model"]
+    model.load_state_dict(transformer_weights(state) if name == "editor" else state)
     return model.eval().requires_grad_(False)
 
 

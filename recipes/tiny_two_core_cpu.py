@@ -36,6 +36,7 @@ from varedit.pipeline import VAREditPipeline, load_pipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
+from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
 from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
 from varedit.transformer import VAREditTransformer
@@ -60,6 +61,13 @@ EDITOR = {
 }  # fmt: skip
 ASPECTS = {1.0: 36, 0.666: 14, 1.5: 14, 0.75: 11, 1.333: 11, 0.8: 4, 1.25: 4, 0.571: 2, 1.75: 2, 0.5: 1, 2.0: 1}
 """Height over width -> share of the batches."""
+EDITS = {
+    "tone": 15, "style": 5, "weather": 2, "recolour": 15, "remove": 17, "add": 16, "background": 7, "replace": 8,
+    "move": 5, "resize": 4, "rotate": 2, "material": 3, "text": 3, "composition": 5,
+}  # fmt: skip
+"""Edit type -> share of the editor's pairs. Edits of one object come oftener than in the benchmark: they are learned
+last."""
+NAME_WEIGHT, MASK_WEIGHT = 0.05, 0.2
 
 Run = Annotated[Path, typer.Option(help="Folder of this run: checkpoints and logs.")]
 Folder = Annotated[Path | None, typer.Option()]
@@ -89,8 +97,11 @@ def to_batch(pairs: list[Pair], schedule: ScaleSchedule) -> Batch:
 class Stream(torch.utils.data.IterableDataset):
     """Endless pairs, a batch at a time. Batch number n is a function of (seed, n) alone, so a resume skips nothing."""
 
-    def __init__(self, objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int) -> None:
+    def __init__(
+        self, objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int, weights: dict | None
+    ) -> None:
         self.folders, self.batch_size, self.seed, self.first = (objects, photos), batch_size, seed, first
+        self.weights = weights
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
@@ -101,14 +112,16 @@ class Stream(torch.utils.data.IterableDataset):
             ratio = float(np.random.default_rng((self.seed, number)).choice(ratios, p=weights / weights.sum()))
             if ratio not in worlds:
                 objects, photos = self.folders
-                worlds[ratio] = World(objects=objects, photos=photos, split="train", size=SIZE, height_over_width=ratio)
+                worlds[ratio] = World(objects, photos, "train", SIZE, ratio, self.weights)
             pairs = [worlds[ratio].pair(self.seed, number * self.batch_size + i) for i in range(self.batch_size)]
             yield to_batch(pairs, scale_schedule(SIZE, ratio))
             number += 1
 
 
-def stream(objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int) -> Iterator[Batch]:
-    dataset = Stream(objects, photos, batch_size, seed, first)
+def stream(
+    objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int, weights: dict | None = None
+) -> Iterator[Batch]:
+    dataset = Stream(objects, photos, batch_size, seed, first, weights)
     return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
 
 
@@ -254,10 +267,19 @@ def encode_batch(model: VAREditImageTokenizer, batch: Batch) -> tuple[Tensor, Te
     return source, target
 
 
+def names_of(batch: Batch, text: TextCache) -> tuple[Tensor, Tensor]:
+    """What `Grounding` needs to know of a batch: rows (B, S) and the embeddings (P, F) they point into."""
+    phrases, name_BS = phrase_rows([pair.scene for pair in batch.pairs], batch.schedule.finest)
+    if not phrases:
+        return name_BS, torch.zeros(1, EDITOR["text_features"])
+    text_BTF, mask_BT = text(phrases)
+    return name_BS, phrase_embeddings([text_TF[mask_T] for text_TF, mask_T in zip(text_BTF, mask_BT)])
+
+
 @app.command()
 def editor(
     run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, start: Start = None,
-    batch_size: int = 16, seed: int = 1, edit_weight: float = 4.0,
+    batch_size: int = 32, seed: int = 1, edit_weight: float = 4.0,
 ) -> None:  # fmt: skip
     """Train the editor on the frozen tokenizer's features and the frozen text encoder's states."""
     torch.manual_seed(seed)
@@ -267,12 +289,12 @@ def editor(
         model.load_state_dict(load_pipeline(str(start), dtype=torch.float32).transformer.state_dict())
     else:
         model.initialize()
-    model = model.train()
+    parts = torch.nn.ModuleDict({"transformer": model, "grounding": Grounding(model)}).train()
     text = TextCache(EDITOR["max_text_tokens"])
-    optimizers = muon_and_adamw(model, muon_lr=0.015, adamw_lr=1.5e-3, prefix="blocks.")
-    progress = Progress(run, "editor", minutes, model, optimizers)
+    optimizers = muon_and_adamw(parts, muon_lr=0.015, adamw_lr=1.5e-3, prefix="transformer.blocks.")
+    progress = Progress(run, "editor", minutes, parts, optimizers)
     patch_size = TOKENIZER["patch_size"]
-    for batch in stream(objects, photos, batch_size, seed, progress.step):
+    for batch in stream(objects, photos, batch_size, seed, progress.step, EDITS):
         if progress.done:
             break
         progress.rates(warm_up=60)
@@ -287,21 +309,31 @@ def editor(
             )  # fmt: skip
         weights_BL = edit_weights(batch.mask_BHW, batch.schedule, edit_weight)
         loss = objective(logits, forced.bits_BLC, batch.schedule, weights_BL)
+        name_loss, mask_loss = parts["grounding"](batch.schedule, *names_of(batch, text), batch.mask_BHW)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        (loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss).backward()
+        torch.nn.utils.clip_grad_norm_(parts.parameters(), 2.0)
         for optimizer in optimizers:
             optimizer.step()
         accuracy = bit_accuracy(logits.detach(), forced.bits_BLC, batch.schedule)
-        metrics = {"loss": loss.item(), "accuracy": [round(a, 4) for a in accuracy.tolist()]}
+        metrics = {
+            "loss": loss.item(), "name_loss": name_loss.item(), "mask_loss": mask_loss.item(),
+            "accuracy": [round(a, 4) for a in accuracy.tolist()],
+        }  # fmt: skip
         progress.advance(len(source_BChw), metrics)
+
+
+def transformer_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The editor's own weights out of its training's, which hold the heads of `Grounding` too."""
+    prefix = "transformer."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def build_pipeline(run: Path) -> VAREditPipeline:
     """The trained parts as one float32 pipeline, weights rounded to bfloat16 as they are shipped."""
     editor_model = VAREditTransformer(**EDITOR)
-    editor_model.load_state_dict(torch.load(run / "editor.pt", weights_only=True)["model"])
+    editor_model.load_state_dict(transformer_weights(torch.load(run / "editor.pt", weights_only=True)["model"]))
     text_tokenizer, text_encoder = load_text_encoder()
     for name, parameter in editor_model.named_parameters():
         if not any(part in name for part in editor_model._keep_in_fp32_modules):

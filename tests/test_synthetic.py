@@ -343,3 +343,10 @@ def test_real_cutouts_and_photographs(shared_dir: Path) -> None:
         assert np.array_equal(pair.source[~pair.mask], pair.target[~pair.mask])
         back = pair.scene["background"]
         assert back["kind"] != "photo" or back["file"] in tested
+
+
+def test_weights_choose_the_edit_types():
+    world = World(weights={"recolour": 1, "remove": 3})
+    assert {world.pair(0, index).edit_type for index in range(12)} == {"recolour", "remove"}
+    with pytest.raises(ValueError, match="'recolor' is unknown"):
+        World(weights={"recolor": 1})

@@ -100,8 +100,9 @@ def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, mask: Tensor | None, 
         # On the CPU the backward pass of the fused kernel with a mask is slower than plain operations. Float32: a
         # logit scale of up to 100 leaves no digits in bfloat16.
         with torch.autocast("cpu", enabled=False):
-            logits = (q_BNQE.float() @ k_BNKE.float().transpose(2, 3)) * scale
-        return logits.masked_fill(~mask, -math.inf).softmax(-1).to(v_BNKE.dtype) @ v_BNKE
+            logits = (q_BNQE.float() * scale) @ k_BNKE.float().transpose(2, 3)
+        hidden = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)  # adding it is cheaper than filling the logits
+        return (logits + hidden).softmax(-1).to(v_BNKE.dtype) @ v_BNKE
     return F.scaled_dot_product_attention(q_BNQE, k_BNKE, v_BNKE, attn_mask=mask, scale=scale)
 
 
@@ -357,12 +358,16 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
         rotary = rotary_table(torch.cat([source_positions, target_positions]), self._head_size, x.device)
         shared = self._shared_modulation(pooled_BD)
         for index, block in enumerate(self.blocks):
-            arguments = (block, index, x, shared, text_BTD, text_mask_BT, rotary, schedule, source_BSD.shape[1])
+            # Nothing reads the source after the last block's keys and values.
+            first_query = source_BSD.shape[1] if index + 1 == len(self.blocks) else 0
+            arguments = (
+                block, index, x, shared, text_BTD, text_mask_BT, rotary, schedule, source_BSD.shape[1], first_query,
+            )  # fmt: skip
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(self._masked_block, *arguments, use_reentrant=False)
             else:
                 x = self._masked_block(*arguments)
-        return self._logits(x[:, source_BSD.shape[1] :], pooled_BD)
+        return self._logits(x, pooled_BD)
 
     # -- the three uses --
 
@@ -400,7 +405,7 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
         return self._logits(x, cache.pooled_text_BD)
 
     def _masked_block(
-        self, block: nn.Module, index: int, x, shared, text_BTD, text_mask_BT, rotary, schedule, num_source
+        self, block: nn.Module, index: int, x, shared, text_BTD, text_mask_BT, rotary, schedule, num_source, first_query
     ) -> Tensor:
         modulation = block.modulation(shared)
         q, k, v = block.self_attention.project(modulate(x, modulation[2], modulation[4]), rotary)
@@ -410,8 +415,9 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
                 for part, pooled in ((p, scale_aligned_reference(p[:, :, :num_source], schedule)) for p in (k, v))
             )
         mask = attention_mask(schedule, self.config.conditioning, self._aligned(index), x.device)
-        attended = attend(q, k, v, mask, 1.0)
-        return block.finish(x, attended, modulation, (*block.cross_attention.keys_values(text_BTD), text_mask_BT))
+        attended = attend(q[:, :, first_query:], k, v, mask[first_query:], 1.0)
+        text = (*block.cross_attention.keys_values(text_BTD), text_mask_BT)
+        return block.finish(x[:, first_query:], attended, modulation, text)
 
     # -- shared pieces --
 

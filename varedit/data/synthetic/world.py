@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,9 +73,10 @@ class World:
         split: "train" leaves the held-out objects, combinations, phrasings and compositions out; "test" mixes them in.
         size: Size class of the pictures, one of `scales.SIZES`.
         height_over_width: Aspect template, one of `scales.ASPECT_RATIOS`.
+        weights: How often each edit type comes, by its name; None takes `WEIGHTS`.
 
     Raises:
-        ValueError: Unknown split, size or template, or a folder without its index.
+        ValueError: Unknown split, size, template or edit type, or a folder without its index.
     """
 
     def __init__(
@@ -84,11 +86,15 @@ class World:
         split: Literal["train", "test"] = "train",
         size: int = 128,
         height_over_width: float = 1.0,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}: use 'train' or 'test'")
         self.height, self.width = scale_schedule(size, height_over_width).image_hw
         self.split = split
+        self.weights = dict(WEIGHTS if weights is None else weights)
+        if unknown := set(self.weights) - set(WEIGHTS):
+            raise ValueError(f"edit type {min(unknown)!r} is unknown: use some of {', '.join(WEIGHTS)}")
         folders = [Path(folder) if folder else None for folder in (objects, photos)]
         self._renderer = Renderer(*folders, split, self.height, self.width)
 
@@ -102,12 +108,12 @@ class World:
             The pair; a function of the configuration, the seed and the index alone.
         """
         rng = random.Random(f"varedit {seed} {index}")
-        kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        kind = rng.choices(list(self.weights), list(self.weights.values()))[0]
         # In the test split most of the pairs are worded as never in training.
         new_words = self.split == "test" and rng.random() < 0.65
         for attempt in range(TRIES):
             if attempt % 20 == 19:  # a kind that cannot be done with this chance: take another
-                kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+                kind = rng.choices(list(self.weights), list(self.weights.values()))[0]
             pair = self._attempt(rng, kind, new_words)
             if pair is not None:
                 return pair
