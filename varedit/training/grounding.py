@@ -48,7 +48,7 @@ class Grounding(nn.Module):
     together when they meet; the change mask two blocks later, once they have met.
 
     Args:
-        editor: observed by forward hooks for as long as this module lives.
+        editor: read by forward hooks from now on.
         name_block, mask_block: at whose cross-attention the source tokens are read.
     """
 
