@@ -356,17 +356,8 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
             return self._prefill(schedule, source_BSD, text_BTD, rotary, cache)
         x = torch.cat([source_BSD, self._embed_targets(inputs, pooled_BD, schedule, 0, schedule.num_scales)], dim=1)
         rotary = rotary_table(torch.cat([source_positions, target_positions]), self._head_size, x.device)
-        shared = self._shared_modulation(pooled_BD)
-        for index, block in enumerate(self.blocks):
-            # Nothing reads the source after the last block's keys and values.
-            first_query = source_BSD.shape[1] if index + 1 == len(self.blocks) else 0
-            arguments = (
-                block, index, x, shared, text_BTD, text_mask_BT, rotary, schedule, source_BSD.shape[1], first_query,
-            )  # fmt: skip
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(self._masked_block, *arguments, use_reentrant=False)
-            else:
-                x = self._masked_block(*arguments)
+        shared_B6D, num_source = self._shared_modulation(pooled_BD), source_BSD.shape[1]
+        x = self._all_scales(x, shared_B6D, text_BTD, text_mask_BT, rotary, schedule, num_source)
         return self._logits(x, pooled_BD)
 
     # -- the three uses --
@@ -403,6 +394,19 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
             text = (cache.text_keys[index], cache.text_values[index], cache.text_mask_BT)
             x = block.finish(x, attend(q, keys, values, None, 1.0), modulation, text)
         return self._logits(x, cache.pooled_text_BD)
+
+    def _all_scales(self, x, shared_B6D, text_BTD, text_mask_BT, rotary, schedule, num_source) -> Tensor:
+        """Source and targets through all blocks under the masks; the targets come out."""
+        common = (shared_B6D, text_BTD, text_mask_BT, rotary, schedule, num_source)
+        for index, block in enumerate(self.blocks):
+            # Nothing reads the source after the last block's keys and values.
+            first_query = num_source if index + 1 == len(self.blocks) else 0
+            arguments = (block, index, x, *common, first_query)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(self._masked_block, *arguments, use_reentrant=False)
+            else:
+                x = self._masked_block(*arguments)
+        return x
 
     def _masked_block(
         self, block: nn.Module, index: int, x, shared, text_BTD, text_mask_BT, rotary, schedule, num_source, first_query
