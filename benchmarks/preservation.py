@@ -303,8 +303,8 @@ def _slope(image: np.ndarray, axis: int, width: int) -> np.ndarray:
 
 
 def global_scores(case: Case, edited: np.ndarray, output: np.ndarray) -> dict:
-    """PSNR and SSIM against the true target: of the plain enlargement, and preserved."""
-    scores = {}
+    """PSNR and SSIM against the true target: of the plain enlargement, and preserved. grey: colour in, none out."""
+    scores: dict = {"grey": bool((output == output[..., :1]).all() and (case.source != case.source[..., :1]).any())}
     for name, image in (("plain", edited), ("kept", output)):
         error = np.square(image.astype(float) - case.target).mean()
         scores[f"{name}_psnr"] = float(min(10 * np.log10(255**2 / max(error, 1e-9)), 60))
@@ -393,8 +393,11 @@ def global_table(rows: dict[str, list[dict]]) -> list[str]:
             gain = scores[1] - scores[0]
             found = sum(row["found"] == "global" for row in some)
             numbers = [f"{scores[0]:.2f}", f"{scores[1]:.2f}", f"{gain:+.2f}", f"{scores[2]:.3f}", f"{scores[3]:.3f}"]
+            numbers.append(str(sum(row["grey"] for row in some)))
             body.append([editor, kind, len(some), found, *numbers])
-    return table("edits | type | n | found global | plain PSNR | preserved PSNR | gain | plain SSIM | SSIM", body)
+    return table(
+        "edits | type | n | found global | plain PSNR | preserved PSNR | gain | plain SSIM | SSIM | made grey", body
+    )
 
 
 def sheet(paths: list[Path], calibration: Calibration, output: Path, editor: str) -> None:

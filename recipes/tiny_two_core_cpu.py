@@ -63,8 +63,8 @@ EDITOR = {
 ASPECTS = {1.0: 36, 0.666: 14, 1.5: 14, 0.75: 11, 1.333: 11, 0.8: 4, 1.25: 4, 0.571: 2, 1.75: 2, 0.5: 1, 2.0: 1}
 """Height over width -> share of the batches."""
 EDITS = {
-    "tone": 15, "style": 5, "weather": 2, "recolour": 15, "remove": 17, "add": 16, "background": 7, "replace": 8,
-    "move": 5, "resize": 4, "rotate": 2, "material": 3, "text": 3, "composition": 5,
+    "tone": 20, "style": 8, "weather": 3, "recolour": 13, "remove": 17, "add": 14, "background": 7, "replace": 8,
+    "move": 4, "resize": 3, "rotate": 1, "material": 3, "text": 3, "composition": 3,
 }  # fmt: skip
 """Edit type -> share of the editor's pairs. Edits of one object come oftener than in the benchmark: they are learned
 last."""
@@ -280,9 +280,12 @@ def names_of(batch: Batch, text: TextCache) -> tuple[Tensor, Tensor]:
 @app.command()
 def editor(
     run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, start: Start = None,
-    batch_size: int = 32, seed: int = 1, edit_weight: float = 4.0,
+    batch_size: int = 32, seed: int = 1, edit_weight: float = 4.0, muon_lr: float = 0.015, decay: float = 0.4,
 ) -> None:  # fmt: skip
-    """Train the editor on the frozen tokenizer's features and the frozen text encoder's states."""
+    """Train the editor on the frozen tokenizer's features and the frozen text encoder's states.
+
+    The learning rate falls over the last `decay` of the minutes. A run that is over goes on with more --minutes.
+    """
     torch.manual_seed(seed)
     image_tokenizer = load_tokenizer(run).to(memory_format=torch.channels_last)
     model = VAREditTransformer(**EDITOR)
@@ -292,13 +295,13 @@ def editor(
         model.initialize()
     parts = torch.nn.ModuleDict({"transformer": model, "grounding": Grounding(model)}).train()
     text = TextCache(EDITOR["max_text_tokens"])
-    optimizers = muon_and_adamw(parts, muon_lr=0.015, adamw_lr=1.5e-3, prefix="transformer.blocks.")
+    optimizers = muon_and_adamw(parts, muon_lr=muon_lr, adamw_lr=muon_lr / 10, prefix="transformer.blocks.")
     progress = Progress(run, "editor", minutes, parts, optimizers)
     patch_size = TOKENIZER["patch_size"]
     for batch in stream(objects, photos, batch_size, seed, progress.step, EDITS):
         if progress.done:
             break
-        progress.rates(warm_up=60)
+        progress.rates(warm_up=60, decay=decay)
         source_BChw, target_BChw = encode_batch(image_tokenizer, batch)
         text_BTF, mask_BT = text([pair.instruction for pair in batch.pairs])
         drop_B = torch.rand(len(source_BChw)) < 0.1

@@ -137,6 +137,7 @@ def test_a_folder_is_its_pictures(pictures):
     [
         ("a.jsonl", '{"image": "a.png", "instruction": "x"}\n{"image"', "line 2 is no JSON"),
         ("a.jsonl", "[1]", "line 1 is no object"),
+        ("a.jsonl", '{"image": "a", "instruction": "x", "mask_convention": "black"}', "line 1: mask_convention"),
         ("a.jsonl", '{"instruction": "x"}', "line 1: image is missing"),
         ("a.jsonl", '{"image": "a.png"}', "line 1: instruction is missing"),
         ("a.jsonl", '{"image": "a.png", "instruction": " "}', "is empty"),
@@ -337,6 +338,28 @@ def test_bad_masks_fail_by_themselves(jobs, pictures, options, tmp_path):
     for line, named in enumerate(["another aspect ratio", "the mask is empty", "none.png", "broken.jpg"]):
         assert named in errors[line] and "\n" not in errors[line]
     assert errors[4] is None and list(files_below(tmp_path / "out")) == ["4.png"]
+
+
+def test_masks_may_be_transparent_where_the_edit_goes(pictures, options, tmp_path):
+    white = np.asarray(Image.open(pictures / "mask.png"))
+    Image.fromarray(np.dstack([white, white, white, 255 - white])).save(tmp_path / "hole.png")
+    common = {"image": str(pictures / "tall.png"), "instruction": "paint it", "seed": 8}
+    rows = [
+        common | {"mask": str(pictures / "mask.png"), "output": "white.png"},
+        common | {"mask": "hole.png", "mask_convention": "transparent", "output": "clear.png"},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    jobs = read_jobs(tmp_path / "jobs.jsonl")
+    assert [job.mask_convention for job in jobs] == ["white", "transparent"]
+    every = read_jobs(tmp_path / "jobs.jsonl", mask_convention="transparent")
+    assert {job.mask_convention for job in every} == {"transparent"}
+    output = tmp_path / "out"
+    output.mkdir()
+    assert all(record["status"] == "ok" for record in run_batch(jobs, output, options))
+    first, second = (load_image(output / name).rgb for name in ("white.png", "clear.png"))
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+    assert prepare_output(output, jobs, options, resume=True) == []
+    assert prepare_output(output, [every[0]], options, resume=True) == [every[0]]
 
 
 def test_what_nobody_foresaw_fails_by_itself(jobs, options, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from varedit.data.synthetic import World, grammar
+from varedit.data.synthetic.more_phrases import MORE_PHRASES
 from varedit.data.synthetic.phrases import PHOTO, PHOTO_KIND, PHRASES, PIC
 from varedit.evaluation.benchmarks import load
 from varedit.evaluation.held_out import HeldOut, objects_of
@@ -66,7 +67,7 @@ def test_paraphrases_cover_every_kind_of_edit():
 def patterns(key: str) -> list[re.Pattern]:
     """Expressions that match all that the grammar can say, in any of its dresses; a slot matches a slot."""
     found = []
-    for template in (*PHRASES[key][0], *PHRASES[key][1]):
+    for template in (*PHRASES[key][0], *PHRASES[key][1], *MORE_PHRASES.get(key, ())):
         text = template.replace("{pic}", f"[{PIC[1:-1]}|{PHOTO[1:-1]}]").replace("{kind}", PHOTO_KIND)
         text = re.escape(text)
         previous = None
@@ -86,7 +87,7 @@ def test_the_expressions_match_what_the_grammar_says():
     slots = dict.fromkeys([*names.split(), "old_quoted"], "zzz")
     for key in PHRASES:
         for held in (False, True):
-            said = grammar.dress(rng, grammar.clause(rng, key, slots, photo=held, held_out=held))
+            said = grammar.dress(rng, grammar.clause(rng, key, slots, photo=held, held_out=held, more=not held))
             said = re.sub("zzz", "{thing}", said, flags=re.IGNORECASE)
             assert any(pattern.fullmatch(said) for pattern in patterns(key)), said
 

@@ -67,6 +67,23 @@ def test_box_polygon_and_transparent_mask_name_the_same_area(varedit, model, tmp
     assert (edited["box"] != values).any()
 
 
+def test_polygons_and_transparent_masks_are_replayed(varedit, model, photo, tmp_path):
+    hole = np.full((60, 90, 4), 255, np.uint8)
+    hole[10:31, 20:51, 3] = 0
+    hole[20:25, 30:35, 3] = 255  # no rectangle: a box would be recorded
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    areas = {
+        "polygon": ["--polygon=20,10 50,10 40.5,40"],
+        "hole": ["--mask", tmp_path / "hole.png", "--mask-convention=transparent"],
+    }
+    for name, area in areas.items():
+        edited, again = tmp_path / f"{name}.edited.png", tmp_path / f"{name}.again.png"
+        assert varedit("edit", photo, "blur", "--seed=3", *area, "-o", edited, *model).code == 0
+        for file, more in ((edited, ["-o", again]), (again, [])):
+            ran = varedit("replay", file, *more, *model)
+            assert ran.code == 0 and "bit for bit" in ran.out, ran.out
+
+
 def test_an_edit_that_changed_nothing_says_so(varedit, model, tmp_path):
     Image.new("RGB", (200, 10), "gray").save(tmp_path / "wide.png")
     ran = varedit("edit", tmp_path / "wide.png", "blur", "--seed=1", "--box=0,0,1,1", *model)

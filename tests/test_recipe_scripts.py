@@ -106,6 +106,9 @@ def test_calls_that_are_cut_short_go_on_exactly_and_the_model_edits(tmp_path, mo
         for folder in (tmp_path / "model", tmp_path / "direct")
     ]
     assert np.array_equal(*edits) and edits[0].size == (80, 100)
+    rounded = small_gpu.rounded_text_encoder(torch.float32)[1].state_dict()
+    stored = VAREditPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32).text_encoder.state_dict()
+    assert all(torch.equal(weight, stored[name]) for name, weight in rounded.items())
 
 
 def test_a_preset_that_does_not_exist_is_refused(tmp_path):

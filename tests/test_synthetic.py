@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from varedit.data.record import read_folder
 from varedit.data.synthetic import Pair, World, grammar, phrases, tone, vocabulary, write_world
 from varedit.data.synthetic import world as world_module
+from varedit.data.synthetic.more_phrases import MORE_PHRASES
 from varedit.data.synthetic.scene import Item, Renderer
 from varedit.scales import scale_schedule
 
@@ -248,6 +249,25 @@ def test_phrasings_are_many_and_the_held_out_ones_apart() -> None:
     for key, (seen, held_out) in phrases.PHRASES.items():
         assert seen and held_out, key
         assert not set(seen) & set(held_out), key
+        if key == "recolour_sprite":  # says what "recolour" says
+            continue
+        more = MORE_PHRASES[key]
+        assert not {*seen, *held_out} & set(more) and len(set(more)) == len(more), key
+        slots = set(re.findall(r"{\w+}", " ".join(seen))) | {"{pic}", "{kind}"}
+        assert set(re.findall(r"{\w+}", " ".join(more))) <= slots, key
+    assert set(MORE_PHRASES) <= set(phrases.PHRASES)
+
+
+def test_further_phrasings_are_for_training_alone(folders: tuple[Path, Path]) -> None:
+    def said(split: str, further: dict[str, tuple[str, ...]]) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grammar, "MORE_PHRASES", further)
+            world = World(*folders, split, 128)
+            return [world.pair(4, index).instruction for index in range(40)]
+
+    none = dict.fromkeys(MORE_PHRASES, ())
+    assert said("test", dict(MORE_PHRASES)) == said("test", none)
+    assert said("train", dict(MORE_PHRASES)) != said("train", none)
 
 
 def test_training_pairs_use_nothing_held_out(pairs: list[Pair]) -> None:

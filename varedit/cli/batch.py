@@ -24,7 +24,8 @@ def batch(  # noqa: PLR0913 - one argument an option
     jobs: Annotated[
         Path,
         typer.Argument(
-            help="Folder of pictures, or a .csv or .jsonl with image, instruction[, seed, mask, output].",
+            help="Folder of pictures, or a .csv or .jsonl with image, instruction"
+            "[, seed, mask, mask_convention, output].",
             show_default=False,
         ),
     ],
@@ -50,6 +51,7 @@ def batch(  # noqa: PLR0913 - one argument an option
     top_p: options.TopP = None,
     size: options.Size = None,
     fit: options.Fit = None,
+    mask_convention: options.MaskConvention = "white",
     mask_margin: options.MaskMargin = 0,
     lock: options.Lock = "mask",
     crop: options.Crop = "auto",
@@ -71,7 +73,7 @@ def batch(  # noqa: PLR0913 - one argument an option
 
     if jobs.resolve() == (output / RESULTS).resolve():
         raise ValueError(f"--output {str(output)!r} would replace the list {str(jobs)!r} itself; name another")
-    listed = read_jobs(jobs, instruction=instruction, seed=seed)
+    listed = read_jobs(jobs, instruction=instruction, seed=seed, mask_convention=mask_convention)
     if jobs.is_dir() and output.resolve() == jobs.resolve():
         raise ValueError(f"--output {str(output)!r} is the folder of the pictures itself; name another")
 

@@ -82,12 +82,19 @@ def edit(  # noqa: PLR0913 - one argument an option
     edited = time.monotonic()
 
     from varedit.editing.manifest import make_manifest, save_with_manifest
+    from varedit.editing.mask import parse_polygon
     from varedit.image_writer import save_image
 
     if no_manifest:
         save_image(result.pixels, target, source, overwrite=overwrite)
     else:
-        manifest = make_manifest(result, pipeline, input_name=image.name, mask_name=mask.name if mask else None)
+        manifest = make_manifest(
+            result,
+            pipeline,
+            input_name=image.name,
+            mask_name=mask.name if mask else None,
+            mask_polygon=parse_polygon(polygon) if polygon else None,
+        )
         save_with_manifest(result.pixels, target, manifest, source, overwrite=overwrite)
     if change_map is not None and result.change_map is not None:
         save_image(result.change_map.draw(source.rgb), change_map, overwrite=overwrite)

@@ -1,8 +1,9 @@
 """`varedit replay`: make an edit again, or say what differs."""
 
+import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
@@ -48,10 +49,23 @@ def replay(
         if input or mask or output:
             raise ValueError("a session has its own inputs; --input, --mask and --output go with a single picture")
         _replay_session(file, model, device, dtype)
-        return
+    else:
+        _replay_picture(file, input, mask, output, model, device, dtype, overwrite)
 
+
+def _replay_picture(
+    file: Path,
+    input: Path | None,
+    mask: Path | None,
+    output: Path | None,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    overwrite: bool,
+) -> None:
+    """One edit, from its file or the one beside it."""
     from varedit.cli.edit import check_outputs
-    from varedit.editing.manifest import SIDE_SUFFIX, read_manifest, save_with_manifest
+    from varedit.editing.manifest import SIDE_SUFFIX, make_manifest, read_manifest, save_with_manifest
     from varedit.editing.model_identity import identify_folder
     from varedit.editing.replay import check_file, check_inputs, check_model
     from varedit.editing.replay import replay as replay_edit
@@ -75,13 +89,13 @@ def replay(
     if done.same and done.result is not None and picture.is_file():
         found += check_file(picture, done.result)
     if output is not None and done.result is not None:
-        from varedit.editing.manifest import make_manifest
-
+        mask_of = manifest.mask or {}
         again = make_manifest(
             done.result,
             pipeline,
             input_name=manifest.input.get("name"),
-            mask_name=(manifest.mask or {}).get("name"),
+            mask_name=mask_of.get("name"),
+            mask_polygon=mask_of.get("polygon"),
         )
         save_with_manifest(done.result.pixels, output, again, source, overwrite=overwrite)
     _tell(file, found, done.notes)
@@ -123,17 +137,32 @@ def _beside(file: Path, name: str | None, what: str) -> Path:
 
 
 def _mask(manifest: "Manifest", file: Path, given: Path | None, size: tuple[int, int]) -> "Image.Image | None":
-    """The mask of an edit: given, or a recorded box, or the file of that name beside the picture."""
-    from varedit.editing.mask import box_mask, image_mask
+    """The mask of an edit: given, or a recorded box or polygon, or the file of that name beside the picture."""
+    from varedit.editing.mask import box_mask, image_mask, polygon_mask
 
-    if given is not None:
-        return image_mask(given, size)
     if manifest.mask is None:
-        return None
+        return None if given is None else image_mask(given, size)
+    if given is not None:
+        return _read_mask(given, size, manifest.mask["sha256"])
     box = manifest.mask.get("box")
     if isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int) for edge in box):
         return box_mask((box[0], box[1], box[2], box[3]), size)
-    return image_mask(_beside(file, manifest.mask.get("name"), "mask"), size)
+    if (polygon := manifest.mask.get("polygon")) is not None:
+        return polygon_mask(polygon, size)
+    return _read_mask(_beside(file, manifest.mask.get("name"), "mask"), size, manifest.mask["sha256"])
+
+
+def _read_mask(path: Path, size: tuple[int, int], sha256: str) -> "Image.Image":
+    """The mask in a file by the convention that gives the recorded one; by the usual one where none does."""
+    from varedit.editing.manifest import pixels_sha256
+    from varedit.editing.mask import Convention, image_mask
+
+    for convention in get_args(Convention):
+        with contextlib.suppress(ValueError):
+            mask = image_mask(path, size, convention)
+            if pixels_sha256(mask) == sha256:
+                return mask
+    return image_mask(path, size)
 
 
 def _load_like(manifest: "Manifest", model: str | None, device: str | None, dtype: str | None) -> "VAREditPipeline":

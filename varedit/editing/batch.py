@@ -165,6 +165,7 @@ def read_results(folder: Path) -> list[Record]:
 def _holds(folder: Path, job: Job, record: Record) -> bool:
     asked = job.to_json()
     same = all(record.get(name) == asked[name] for name in ("image", "instruction", "seed", "mask"))
+    same = same and record.get("mask_convention", "white") == job.mask_convention  # not in earlier records
     if record["status"] != "ok" or not same:
         return False
     try:
@@ -388,7 +389,7 @@ class Worker:
 
 def _request(job: Job) -> EditRequest:
     source = load_image(job.image)
-    mask = None if job.mask is None else image_mask(job.mask, (source.width, source.height))
+    mask = None if job.mask is None else image_mask(job.mask, (source.width, source.height), job.mask_convention)
     return EditRequest(source, job.instruction, job.seed, mask)
 
 

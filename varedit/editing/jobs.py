@@ -8,10 +8,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import ExifTags, Image
 
+from varedit.editing.mask import Convention
 from varedit.image_processor import ImageError
 from varedit.image_writer import encode_image
 from varedit.pipeline import check_prompt, check_seed
@@ -19,7 +20,7 @@ from varedit.scales import ScaleSchedule, nearest_schedule
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("image", "instruction", "seed", "mask", "output")
+COLUMNS = ("image", "instruction", "seed", "mask", "mask_convention", "output")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic")
 _TURNED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 
@@ -30,7 +31,8 @@ class Job:
 
     Attributes:
         line: where it stands in the job list, from 1.
-        image, mask: files, absolute: a job means the same in any process. Masks are white where the edit may go.
+        image, mask: files, absolute: a job means the same in any process.
+        mask_convention: which pixels of the mask are to be edited, see `image_mask`.
         instruction, seed: of the edit.
         output: file name below the output folder; its suffix decides the format.
     """
@@ -41,6 +43,7 @@ class Job:
     seed: int
     output: str
     mask: Path | None = None
+    mask_convention: Convention = "white"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the way back."""
@@ -53,13 +56,15 @@ class Job:
         return cls(**values | {"image": Path(values["image"]), "mask": mask})
 
 
-def read_jobs(source: Path, *, instruction: str | None = None, seed: int = 0) -> list[Job]:
+def read_jobs(
+    source: Path, *, instruction: str | None = None, seed: int = 0, mask_convention: Convention = "white"
+) -> list[Job]:
     """Read a job list. Paths in a list are relative to the list's folder; jobs hold them absolute.
 
     Args:
         source: a folder of pictures, or a .csv or .jsonl with the columns image, instruction (unless given here) and
-            any of seed, mask, output.
-        instruction, seed: of the jobs that name none.
+            any of seed, mask, mask_convention, output.
+        instruction, seed, mask_convention: of the jobs that name none.
 
     Raises:
         ValueError: no such list, nothing in it, or a line that cannot be used; the message names the line. A picture
@@ -82,7 +87,8 @@ def read_jobs(source: Path, *, instruction: str | None = None, seed: int = 0) ->
     unused = sorted({name for _, row in rows for name in row} - set(COLUMNS))
     if unused:
         logger.warning("%s: columns not used: %s", source.name, ", ".join(unused))
-    jobs = [_job(line, row, folder, f"{source.name} line {line}", instruction, seed) for line, row in rows]
+    common = {"instruction": instruction, "seed": seed, "mask_convention": mask_convention}
+    jobs = [_job(line, row, folder, f"{source.name} line {line}", common) for line, row in rows]
     if not jobs:
         raise ValueError(f"there is nothing to do in {str(source)!r}: no picture, no line")
     _check_outputs(jobs, source.name)
@@ -126,24 +132,28 @@ def _json_rows(text: str, source: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         yield line, {key: value for key, value in row.items() if value is not None}
 
 
-def _job(line: int, row: dict[str, Any], folder: Path, label: str, instruction: str | None, seed: int) -> Job:
+def _job(line: int, row: dict[str, Any], folder: Path, label: str, common: dict[str, Any]) -> Job:
     try:
-        for name in ("image", "instruction", "mask", "output"):
+        for name in ("image", "instruction", "mask", "mask_convention", "output"):
             if name in row and not isinstance(row[name], str):
                 raise ValueError(f"{name} {row[name]!r} is no text")
             if "\0" in row.get(name, ""):
                 raise ValueError(f"{name} {row[name]!r} has a null character; remove it")
         if "image" not in row:
             raise ValueError("image is missing")
-        prompt = row.get("instruction", instruction)
+        prompt = row.get("instruction", common["instruction"])
         if prompt is None:
             raise ValueError("instruction is missing; add it, or --instruction for all that have none")
         check_prompt(prompt)
-        number = _seed(row.get("seed", seed))
+        number = _seed(row.get("seed", common["seed"]))
+        mask = folder / row["mask"] if "mask" in row else None
+        convention = row.get("mask_convention", common["mask_convention"])
+        if convention not in get_args(Convention):
+            raise ValueError(f"mask_convention {convention!r} is unknown; use 'white' or 'transparent'")
         image = folder / row["image"]
         output = row.get("output") or f"{image.stem}.edited{_writable_suffix(image.suffix)}"
         _check_output(output)
-        return Job(line, image, prompt, number, output, folder / row["mask"] if "mask" in row else None)
+        return Job(line, image, prompt, number, output, mask, convention)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
 

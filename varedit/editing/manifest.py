@@ -64,7 +64,8 @@ class Manifest:
         model: which one, see `model_identity.identify`. Earlier versions recorded no `configs`.
         software: versions. The bits do not depend on most of them; a replay that differs names those that differ.
         device: kind and model of the processor, dtype of the weights; of a CPU also the number of threads.
-        mask: sha256, box where it is a plain rectangle (left, top, width, height), name of its file; None without one.
+        mask: sha256, box where it is a plain rectangle (left, top, width, height), name of its file, polygon (corners)
+            if it was given as one; None without one.
         change: `ChangeMap.to_json`, or None.
     """
 
@@ -123,12 +124,14 @@ def make_manifest(
     *,
     input_name: str | None = None,
     mask_name: str | None = None,
+    mask_polygon: Sequence[tuple[float, float]] | None = None,
     model: ModelIdentity | None = None,
 ) -> Manifest:
     """The manifest of an edit.
 
     Args:
         input_name, mask_name: file names; folders are dropped.
+        mask_polygon: corners of the mask, if it is that of `polygon_mask`.
         model: where it is known already; else the pipeline's weights are hashed (once a file, see `weights`).
     """
     source = result.source
@@ -138,6 +141,10 @@ def make_manifest(
         output["crop"] = list(result.box)
     if result.motion is not None:
         output["motion"] = asdict(result.motion) | {"undone": result.aligned}
+    mask = None
+    if result.mask is not None:
+        corners = None if mask_polygon is None else [list(corner) for corner in mask_polygon]
+        mask = {"name": _base(mask_name), "polygon": corners} | describe_mask(result.mask)
     return Manifest(
         instruction=result.prompt,
         seed=result.seed,
@@ -147,7 +154,7 @@ def make_manifest(
         model=asdict(model or identify(pipeline)),
         software=software(),
         device=device_of(pipeline),
-        mask=None if result.mask is None else {"name": _base(mask_name)} | describe_mask(result.mask),
+        mask=mask,
         change=result.change_map.to_json() if result.change_map else None,
     )
 

@@ -91,12 +91,18 @@ def polygon_mask(points: Sequence[tuple[float, float]], size: tuple[int, int]) -
     """A mask that selects the inside of a polygon, (x, y) corners in pixels of an image of `size`.
 
     Raises:
-        ValueError: fewer than three corners, or no pixel of the image inside.
+        ValueError: no corners, fewer than three, or no pixel of the image inside.
     """
-    if len(points) < 3:
-        raise ValueError(f"a polygon of {len(points)} points has no area; give at least 3")
+    try:
+        corners = [(float(x), float(y)) for x, y in points]
+        if not all(math.isfinite(x) and math.isfinite(y) for x, y in corners):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"polygon {points!r} is no list of X,Y corners in pixels") from None
+    if len(corners) < 3:
+        raise ValueError(f"a polygon of {len(corners)} points has no area; give at least 3")
     mask = Image.new("L", size)
-    ImageDraw.Draw(mask).polygon([(float(x), float(y)) for x, y in points], fill=255)
+    ImageDraw.Draw(mask).polygon(corners, fill=255)
     if mask.getextrema() == (0, 0):
         raise ValueError(f"the polygon covers no pixel of the image of {size[0]} x {size[1]}; move it inside")
     return mask

@@ -103,8 +103,13 @@ def _case(reader: _Reader, index: int) -> Case:
 
 
 def _groups(pair: Pair) -> tuple[str, ...]:
-    """What is new to an editor that was trained on the world's train split, and what the scene stands on."""
+    """What is new to an editor that was trained on the world's train split, what the scene stands on, and whether an
+    added object's place is named: if not, the known answer is the emptiest spot, but others would do as well.
+    """
     new = [name for part, name in NOVELTY.items() if part in pair.held_out]
     if not new:
         new = ["new: phrasings only" if "phrasing" in pair.held_out else "new: nothing"]
-    return (*new, "scene: photograph" if pair.scene["background"]["kind"] == "photo" else "scene: drawn")
+    scene = "scene: photograph" if pair.scene["background"]["kind"] == "photo" else "scene: drawn"
+    if pair.edit_type != "add":
+        return (*new, scene)
+    return (*new, scene, "add: place named" if pair.target_scene["edit"][0]["place_named"] else "add: no place named")

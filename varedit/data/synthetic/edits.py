@@ -115,7 +115,7 @@ def add(stage: Stage, scene: Scene) -> Edit | None:
         slots = {"new": new_phrase}
     if not stage.renderer.fits(item, scene.items, stage.background):
         return None
-    operation = {"op": "add", "object": len(scene.items), "spot": spot}
+    operation = {"op": "add", "object": len(scene.items), "spot": spot, "place_named": key == "add"}
     return Edit(replace(scene, items=(*scene.items, item)), key, slots, operation, (item,), stage.novelty(item))
 
 
@@ -141,7 +141,7 @@ def _add_beside(stage: Stage, scene: Scene, item: Item, new_phrase: str) -> Edit
                     y=round(other.y + dy * reach * scale / stage.renderer.height, 4))  # fmt: skip
     if not stage.renderer.fits(moved, scene.items, stage.background):
         return None
-    operation = {"op": "add", "object": len(scene.items), "relation": words, "anchor": index}
+    operation = {"op": "add", "object": len(scene.items), "relation": words, "anchor": index, "place_named": True}
     slots = {"new": new_phrase, "where": f"{words} {ref}", "ref": ref}
     return Edit(replace(scene, items=(*scene.items, moved)), "add", slots, operation, (moved,), stage.novelty(moved))
 

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from varedit.data.synthetic import vocabulary
+from varedit.data.synthetic.more_phrases import MORE_PHRASES
 from varedit.data.synthetic.phrases import KIND, PHOTO, PHOTO_KIND, PHRASES, PIC
 
 if TYPE_CHECKING:
@@ -33,11 +34,25 @@ def expand(rng: random.Random, template: str, slots: dict[str, str]) -> str:
 
 
 def clause(
-    rng: random.Random, key: str, slots: dict[str, str], *, photo: bool, held_out: bool, joined: bool = False
+    rng: random.Random,
+    key: str,
+    slots: dict[str, str],
+    *,
+    photo: bool,
+    held_out: bool,
+    joined: bool = False,
+    more: bool = False,
 ) -> str:
-    """One plain clause for an edit, lower case, without a stop; `joined`: one that reads well beside another."""
+    """One plain clause for an edit, lower case, without a stop.
+
+    Args:
+        joined: one that reads well beside another.
+        more: draw from `MORE_PHRASES` as well.
+    """
     filled = {"pic": PHOTO if photo else PIC, "kind": PHOTO_KIND if photo else KIND, **slots}
     templates = PHRASES[key][1 if held_out else 0]
+    if more:
+        templates += MORE_PHRASES["recolour" if key == "recolour_sprite" else key]
     usable = [t for t in templates if all(name in filled for name in re.findall(r"{(\w+)}", t))]
     if joined:
         usable = [t for t in usable if " " in t and "?" not in t and not t.startswith(NOT_JOINED)] or usable

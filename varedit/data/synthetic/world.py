@@ -172,10 +172,11 @@ class World:
 
     def _phrasings(self, rng: random.Random, scene: Scene, edits: list[Edit], new_words: bool) -> tuple[str, ...]:
         photo, joined = scene.background["kind"] == "photo", len(edits) > 1
+        more = self.split == "train"
         found = []
         for _ in range(NUM_PHRASINGS):
             parts = [
-                grammar.clause(rng, edit.key, edit.slots, photo=photo, held_out=new_words, joined=joined)
+                grammar.clause(rng, edit.key, edit.slots, photo=photo, held_out=new_words, joined=joined, more=more)
                 for edit in edits
             ]
             text = rng.choice(JOINTS).join(parts) if joined else parts[0]
