@@ -270,6 +270,7 @@ def test_replay_and_batch_refuse(varedit, photo, tmp_path):
     varedit("batch", tmp_path / "none.csv", "-o", tmp_path / "o").assert_refused("none.csv")
     varedit("batch", tmp_path, "-o", tmp_path / "o").assert_refused("--instruction")
     common = ["batch", tmp_path, "-o", tmp_path / "o", "--instruction=x"]
+    varedit(*common, "--mask-convention=transparent").assert_refused("--mask-convention transparent", "no job")
     varedit(*common, "--workers=0").assert_refused("num_workers 0")
     varedit(*common, "--size=5").assert_refused("size 5")
     varedit(*common, "--model", "/nowhere").assert_refused("/nowhere")

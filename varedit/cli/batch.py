@@ -74,6 +74,8 @@ def batch(  # noqa: PLR0913 - one argument an option
     if jobs.resolve() == (output / RESULTS).resolve():
         raise ValueError(f"--output {str(output)!r} would replace the list {str(jobs)!r} itself; name another")
     listed = read_jobs(jobs, instruction=instruction, seed=seed, mask_convention=mask_convention)
+    if mask_convention != "white" and not any(job.mask for job in listed):
+        raise ValueError(f"--mask-convention {mask_convention} is about masks, and no job in {jobs.name} has one")
     if jobs.is_dir() and output.resolve() == jobs.resolve():
         raise ValueError(f"--output {str(output)!r} is the folder of the pictures itself; name another")
 

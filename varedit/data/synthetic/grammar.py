@@ -30,7 +30,7 @@ def expand(rng: random.Random, template: str, slots: dict[str, str]) -> str:
     while match := _CHOICE.search(text):
         text = text[: match.start()] + rng.choice(match.group(1).split("|")) + text[match.end() :]
     assert "{" not in text, f"unfilled slot in {text!r}"
-    return _SPACES.sub(" ", text.replace(" a orange", " an orange")).strip()
+    return _SPACES.sub(" ", re.sub(r"\ba orange", "an orange", text)).strip()
 
 
 def clause(
