@@ -67,7 +67,7 @@ def test_paraphrases_cover_every_kind_of_edit():
 def patterns(key: str) -> list[re.Pattern]:
     """Expressions that match all that the grammar can say, in any of its dresses; a slot matches a slot."""
     found = []
-    for template in (*PHRASES[key][0], *PHRASES[key][1], *MORE_PHRASES.get(key, ())):
+    for template in (*PHRASES[key][0], *PHRASES[key][1], *MORE_PHRASES[key]):
         text = template.replace("{pic}", f"[{PIC[1:-1]}|{PHOTO[1:-1]}]").replace("{kind}", PHOTO_KIND)
         text = re.escape(text)
         previous = None

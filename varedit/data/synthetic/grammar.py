@@ -52,7 +52,7 @@ def clause(
     filled = {"pic": PHOTO if photo else PIC, "kind": PHOTO_KIND if photo else KIND, **slots}
     templates = PHRASES[key][1 if held_out else 0]
     if more:
-        templates += MORE_PHRASES["recolour" if key == "recolour_sprite" else key]
+        templates += MORE_PHRASES[key]
     usable = [t for t in templates if all(name in filled for name in re.findall(r"{(\w+)}", t))]
     if joined:
         usable = [t for t in usable if " " in t and "?" not in t and not t.startswith(NOT_JOINED)] or usable

@@ -363,3 +363,4 @@ MORE_PHRASES: dict[str, tuple[str, ...]] = {
         "there should be no [sign|text]", "do away with the sign", "eliminate {old_quoted}",
     ),
 }  # fmt: skip
+MORE_PHRASES["recolour_sprite"] = MORE_PHRASES["recolour"]
