@@ -280,7 +280,8 @@ def names_of(batch: Batch, text: TextCache) -> tuple[Tensor, Tensor]:
 @app.command()
 def editor(
     run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, start: Start = None,
-    batch_size: int = 32, seed: int = 1, edit_weight: float = 4.0, muon_lr: float = 0.015, decay: float = 0.4,
+    batch_size: int = 32, seed: int = 1, edit_weight: float = 4.0, muon_lr: float = 0.015,
+    decay: Annotated[float, typer.Option(min=0.01, max=1)] = 0.4,
 ) -> None:  # fmt: skip
     """Train the editor on the frozen tokenizer's features and the frozen text encoder's states.
 

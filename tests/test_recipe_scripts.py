@@ -18,6 +18,7 @@ sys.path.append(str(RECIPES))
 import ablation_report  # noqa: E402
 import ablation_tiny  # noqa: E402
 import small_gpu  # noqa: E402
+import tiny_two_core_cpu  # noqa: E402
 
 needs_model = pytest.mark.skipif(not (DEFAULT_MODEL / "model_index.json").exists(), reason="needs the default model")
 
@@ -109,6 +110,20 @@ def test_calls_that_are_cut_short_go_on_exactly_and_the_model_edits(tmp_path, mo
     rounded = small_gpu.rounded_text_encoder(torch.float32)[1].state_dict()
     stored = VAREditPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32).text_encoder.state_dict()
     assert all(torch.equal(weight, stored[name]) for name, weight in rounded.items())
+
+
+def test_rates_stay_and_then_fall_and_a_run_that_is_over_goes_on(tmp_path):
+    def at(minutes: float, elapsed: float, decay: float, step: int = 100) -> float:
+        model = torch.nn.Linear(2, 2)
+        optimizers = [torch.optim.SGD(model.parameters(), 1.0)]
+        progress = tiny_two_core_cpu.Progress(tmp_path, "any", minutes, model, optimizers)
+        progress.elapsed, progress.step = elapsed * 60, step
+        progress.rates(warm_up=10, decay=decay)
+        return progress.optimizers[0].param_groups[0]["lr"]
+
+    assert at(10, 5, 0.5) == 1.0 and at(10, 0, 1, step=4) == pytest.approx(0.5)
+    assert at(10, 7.5, 0.5) == pytest.approx(0.51) and at(10, 10, 0.5) == pytest.approx(0.02)
+    assert at(20, 10, 0.5) == 1.0  # the same moment of a longer run
 
 
 def test_a_preset_that_does_not_exist_is_refused(tmp_path):

@@ -13,8 +13,10 @@ from PIL import Image, ImageDraw
 from varedit.data.record import read_folder
 from varedit.data.synthetic import Pair, World, grammar, phrases, tone, vocabulary, write_world
 from varedit.data.synthetic import world as world_module
+from varedit.data.synthetic.edits import RELATIONS
 from varedit.data.synthetic.more_phrases import MORE_PHRASES
 from varedit.data.synthetic.scene import Item, Renderer
+from varedit.data.synthetic.stage import SPOT_WORDS
 from varedit.scales import scale_schedule
 
 COUNT = 260
@@ -256,6 +258,17 @@ def test_phrasings_are_many_and_the_held_out_ones_apart() -> None:
         slots = set(re.findall(r"{\w+}", " ".join((*seen, *held_out)))) | {"{pic}", "{kind}"}
         assert set(re.findall(r"{\w+}", " ".join(more))) <= slots, key
     assert set(MORE_PHRASES) == set(phrases.PHRASES)
+
+
+def test_an_added_objects_place_is_named_or_not(folders: tuple[Path, Path]) -> None:
+    world = World(*folders, "test", 128, weights={"add": 1})
+    places = [words for spot in SPOT_WORDS.values() for words in spot] + [words for words, _, _ in RELATIONS]
+    named = []
+    for index in range(60):
+        pair = world.pair(3, index)
+        named.append(pair.target_scene["edit"][0]["place_named"])
+        assert named[-1] == any(words in pair.instruction.lower() for words in places), pair.instruction
+    assert 10 < sum(named) < 50
 
 
 def test_further_phrasings_are_for_training_alone(folders: tuple[Path, Path]) -> None:

@@ -36,7 +36,7 @@ Polygon = Annotated[
     str | None, typer.Option(help="'X,Y X,Y X,Y ...': corners of the area to edit.", show_default="everywhere")
 ]
 MaskConvention = Annotated[
-    Literal["white", "transparent"], typer.Option(help="Which pixels of --mask are to be edited.")
+    Literal["white", "transparent"], typer.Option(help="Which pixels of a mask are to be edited.")
 ]
 MaskMargin = Annotated[int, typer.Option(help="Grow the area by so many pixels, so that nothing is cut off.")]
 Lock = Annotated[
