@@ -20,6 +20,7 @@ import typer
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.pipeline import ScaleStep, VAREditPipeline, default_device, load_pipeline
 from varedit.presets import PRESETS
+from varedit.runtime import computes_bfloat16
 from varedit.transformer import VAREditTransformer
 
 NUM_TEXT_TOKENS = 12
@@ -54,7 +55,7 @@ def main(
     preset: Annotated[str, typer.Option(help=f"Random weights of a released size: {', '.join(PRESETS)}.")] = "",
     model: Annotated[str, typer.Option(help="A model folder instead.")] = "",
     size: int = 256,
-    dtype: str = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; by default what the device computes well.")] = "",
     guidance_scale: float = 3.0,
     repeats: int = 1,
     output: Path | None = None,
@@ -63,6 +64,7 @@ def main(
     if bool(preset) == bool(model):
         raise typer.BadParameter("give either --preset or --model")
     started = time.monotonic()
+    dtype = dtype or ("bfloat16" if computes_bfloat16(device) else "float32")
     chosen = getattr(torch, dtype)
     pipeline = random_pipeline(preset, chosen, device) if preset else load_pipeline(model, device, chosen)
     built = time.monotonic() - started

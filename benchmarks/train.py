@@ -28,8 +28,9 @@ import yaml
 from transformers import T5Config, T5EncoderModel
 
 from varedit.image_tokenizer import VAREditImageTokenizer
-from varedit.pipeline import DEFAULT_MODEL
+from varedit.pipeline import DEFAULT_MODEL, default_device
 from varedit.presets import PRESETS
+from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.testing import tiny_text_encoder
 from varedit.training.config import EditorConfig, load_config
@@ -171,12 +172,14 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODELS)}; all of them if none.")] = None,
     size: Annotated[int, typer.Option(help="Size class, square.")] = 128,
     batch_size: int = 4,
-    precision: str = "bfloat16",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16; by default what the device computes well.")] = "",
     repeats: int = 5,
     output: Path | None = None,
     row: Annotated[bool, typer.Option(help="Measure the one model here and print its numbers as JSON.")] = False,
 ) -> None:
     models = model or list(MODELS)
+    if not precision:
+        precision = "bfloat16" if computes_bfloat16(default_device()) else "float32"
     if row:
         typer.echo(json.dumps(asdict(measure(models[0], size, batch_size, precision, repeats))))
         return

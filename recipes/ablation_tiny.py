@@ -32,6 +32,7 @@ from varedit.evaluation.scores import write_json
 from varedit.image_processor import to_pil
 from varedit.pipeline import VAREditPipeline, load_pipeline
 from varedit.quantizer import encode_bits, teacher_forcing
+from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
 from varedit.training.objective import bit_losses, edit_weights, objective, token_weights
@@ -174,7 +175,7 @@ def train(model: VAREditTransformer, data: Data, settings: Settings, seed: int, 
         target = latents.target_Ndhw[rows].float()
         forced = teacher_forcing(target, latents.schedule, patch_size, max_flip=0.3, generator=generator)
         drop_B = torch.rand(len(rows), generator=generator) < 0.1
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
             logits = model(
                 latents.schedule, forced.inputs_BLC, source_BChw=latents.source_NChw[rows].float(),
                 text_BTF=text_BTF, text_mask_BT=mask_BT, drop_text_B=drop_B,

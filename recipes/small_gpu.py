@@ -46,6 +46,7 @@ from varedit.data.synthetic import World
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
+from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
 from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
@@ -269,7 +270,7 @@ def tokenizer(
     while not progress.done:
         batch = next(batches)
         image = to_images(batch, device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
             features = model.encoder(image).float()
             _, canvas = encode_bits(features.detach(), batch.schedule, model.config.patch_size)
             predicted = model.decoder(features + (canvas - features).detach()).float()
@@ -312,7 +313,7 @@ def editor(
         forced = teacher_forcing(target, batch.schedule, patch_size, max_flip=0.3, generator=generator)
         drop_B = torch.rand(len(source), generator=generator, device=device) < 0.1
         text_BTF, mask_BT = text(batch.prompts)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
             logits = model(
                 batch.schedule, forced.inputs_BLC, source_BChw=source_BChw,
                 text_BTF=text_BTF, text_mask_BT=mask_BT, drop_text_B=drop_B,

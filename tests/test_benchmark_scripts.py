@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from varedit.data.synthetic import World, grammar
-from varedit.data.synthetic.more_phrases import MORE_PHRASES
+from varedit.data.synthetic.more_phrases import more_phrases
 from varedit.data.synthetic.phrases import PHOTO, PHOTO_KIND, PHRASES, PIC
 from varedit.evaluation.benchmarks import load
 from varedit.evaluation.held_out import HeldOut, objects_of
@@ -32,11 +32,33 @@ def held_out() -> HeldOut:
 # -- held-out pairs
 
 
-def test_regions_are_those_of_the_benchmark(held_out):
+def test_answers_are_those_of_the_benchmark(held_out):
     for case in load("procedural", None, size=128, limit=30).cases:
-        mine = held_out.regions(held_out.pair(int(case.key)))
-        theirs = case.regions()
-        assert len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs))
+        pair, theirs = held_out.pair(int(case.key)), case.answers()
+        assert np.array_equal(theirs[0].target, pair.target) and np.array_equal(theirs[0].mask, pair.mask)
+        assert all(map(np.array_equal, held_out.regions(pair), theirs[0].regions))
+        assert len(held_out.answers(pair)) == len(theirs)
+
+
+def test_an_object_added_at_any_free_spot_is_right_where_none_is_named(held_out):
+    counts = {True: [], False: []}
+    for index in held_out.judgeable():
+        pair = held_out.pair(index)
+        if pair.edit_type != "add":
+            continue
+        answers, named = held_out.answers(pair), pair.target_scene["edit"][0]["place_named"]
+        counts[named].append(len(answers))
+        for answer in answers:
+            verdict = held_out.check(pair, answer.target)
+            assert verdict.success and verdict.closer and verdict.half and verdict.stray == 0
+            changed = (answer.target != pair.source).any(-1)
+            assert changed.any() and not (changed & ~answer.mask).any()
+        assert held_out.check(pair, pair.source).completeness == 0
+        twice = np.where(answers[0].mask[..., None], answers[0].target, answers[-1].target)
+        assert len(answers) == 1 or not held_out.check(pair, twice).success, "two objects are one too many"
+        if min(map(len, counts.values())) >= 6:
+            break
+    assert set(counts[True]) == {1} and max(counts[False]) >= 4
 
 
 def test_the_answer_succeeds_and_the_source_does_not(held_out):
@@ -67,7 +89,7 @@ def test_paraphrases_cover_every_kind_of_edit():
 def patterns(key: str) -> list[re.Pattern]:
     """Expressions that match all that the grammar can say, in any of its dresses; a slot matches a slot."""
     found = []
-    for template in (*PHRASES[key][0], *PHRASES[key][1], *MORE_PHRASES[key]):
+    for template in (*PHRASES[key][0], *PHRASES[key][1], *more_phrases()[key]):
         text = template.replace("{pic}", f"[{PIC[1:-1]}|{PHOTO[1:-1]}]").replace("{kind}", PHOTO_KIND)
         text = re.escape(text)
         previous = None

@@ -13,7 +13,7 @@ from varedit.evaluation.procedural import procedural
 def drawn():
     """Source, target, mask, regions of some cases."""
     return [
-        (read_picture(case.source), read_picture(case.target), case.mask(), case.regions())
+        (read_picture(case.source), read_picture(case.target), case.mask(), case.answers()[0].regions)
         for case in procedural(limit=16).cases
     ]
 

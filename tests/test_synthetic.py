@@ -14,7 +14,7 @@ from varedit.data.record import read_folder
 from varedit.data.synthetic import Pair, World, grammar, phrases, tone, vocabulary, write_world
 from varedit.data.synthetic import world as world_module
 from varedit.data.synthetic.edits import RELATIONS
-from varedit.data.synthetic.more_phrases import MORE_PHRASES
+from varedit.data.synthetic.more_phrases import more_phrases
 from varedit.data.synthetic.scene import Item, Renderer
 from varedit.data.synthetic.stage import SPOT_WORDS
 from varedit.scales import scale_schedule
@@ -253,11 +253,11 @@ def test_phrasings_are_many_and_the_held_out_ones_apart() -> None:
         assert not set(seen) & set(held_out), key
         if key == "recolour_sprite":  # that of "recolour", less what names the old colour
             continue
-        more = MORE_PHRASES[key]
+        more = more_phrases()[key]
         assert not {*seen, *held_out} & set(more) and len(set(more)) == len(more), key
         slots = set(re.findall(r"{\w+}", " ".join((*seen, *held_out)))) | {"{pic}", "{kind}"}
         assert set(re.findall(r"{\w+}", " ".join(more))) <= slots, key
-    assert set(MORE_PHRASES) == set(phrases.PHRASES)
+    assert set(more_phrases()) == set(phrases.PHRASES)
 
 
 def test_an_added_objects_place_is_named_or_not(folders: tuple[Path, Path]) -> None:
@@ -274,13 +274,13 @@ def test_an_added_objects_place_is_named_or_not(folders: tuple[Path, Path]) -> N
 def test_further_phrasings_are_for_training_alone(folders: tuple[Path, Path]) -> None:
     def said(split: str, further: dict[str, tuple[str, ...]]) -> list[str]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grammar, "MORE_PHRASES", further)
+            patch.setattr(grammar, "more_phrases", lambda: further)
             world = World(*folders, split, 128)
             return [world.pair(4, index).instruction for index in range(40)]
 
-    none = dict.fromkeys(MORE_PHRASES, ())
-    assert said("test", dict(MORE_PHRASES)) == said("test", none)
-    assert said("train", dict(MORE_PHRASES)) != said("train", none)
+    none = dict.fromkeys(more_phrases(), ())
+    assert said("test", more_phrases()) == said("test", none)
+    assert said("train", more_phrases()) != said("train", none)
 
 
 def test_training_pairs_use_nothing_held_out(pairs: list[Pair]) -> None:

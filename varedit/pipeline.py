@@ -24,6 +24,7 @@ from varedit import quantizer
 from varedit._diffusers import check_text_encoder
 from varedit.image_processor import Fit, ImageInput, Prepared, prepare, to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.runtime import computes_bfloat16
 from varedit.sampling import guide, random_uniform, sample_bits
 from varedit.scales import NUM_SCALES, Grid, ScaleSchedule
 from varedit.text import encode_prompts, pad_text
@@ -442,6 +443,8 @@ def load_pipeline(
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
     if dtype == torch.float16:
         raise ValueError("dtype float16 is not supported (T5 overflows in it); use bfloat16 or float32")
+    if dtype == torch.bfloat16 and not computes_bfloat16(target):
+        logger.warning("%s has no bfloat16 and computes it very slowly; float32 is faster, in twice the memory", target)
     source = DEFAULT_MODEL if model is None else model
     if model is None and not (DEFAULT_MODEL / "model_index.json").exists():
         raise ValueError("this installation has no default model; name one with --model FOLDER")

@@ -16,6 +16,8 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 
+from varedit.evaluation.checker import Answer
+
 Picture = Path | np.ndarray | Callable[[], np.ndarray]
 """A file, uint8 (height, width, 3), or a function that returns such an array."""
 
@@ -34,7 +36,7 @@ class Case:
         edit_type: the benchmark's own name of the kind of edit.
         target: the known answer, if there is one. mask: True (white) where pixels may change, if known.
         groups: further sets of cases that it belongs to and that get a row of their own beside the types.
-        regions: the parts that all have to be done, bool (H, W) each; only where the answer is exact.
+        answers: all right answers, `target` with `mask` the first of them; only where they are exact.
         source_caption, target_caption: captions before and after; empty if unknown.
         previous: key of the case whose result is edited here (chained turns); None edits `source`.
         scored: False for turns that are only there to be followed.
@@ -48,7 +50,7 @@ class Case:
     groups: tuple[str, ...] = ()
     target: Picture | None = None
     mask: Picture | None = None
-    regions: Callable[[], list[np.ndarray]] | None = None
+    answers: Callable[[], list[Answer]] | None = None
     source_caption: str = ""
     target_caption: str = ""
     previous: str | None = None

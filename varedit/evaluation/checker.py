@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-REVISION = 1
+REVISION = 2
 """Raised whenever a score could change: part of the protocol's hash."""
 
 SOFTNESS = 1.5 / 128
@@ -123,6 +123,31 @@ def check(
         outside_psnr=outside_psnr(source, result, mask),
         balance=harmonic_mean(10 * mean, 10 * preservation),
     )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One right answer to an instruction.
+
+    Attributes:
+        target: what the picture becomes, uint8 (H, W, 3).
+        mask: where pixels may change for that, bool (H, W).
+        regions: the parts that all have to be done, bool (H, W) each.
+    """
+
+    target: np.ndarray
+    mask: np.ndarray
+    regions: Sequence[np.ndarray]
+
+
+def check_any(source: np.ndarray, result: np.ndarray, answers: Sequence[Answer]) -> Verdict:
+    """Compare a result with several right answers: the verdict of the one that it meets best.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    verdicts = [check(source, answer.target, result, answer.mask, answer.regions) for answer in answers]
+    return max(verdicts, key=lambda v: (v.success, v.half, v.closer, v.completeness))
 
 
 def soften(picture: np.ndarray, softness: float) -> np.ndarray:

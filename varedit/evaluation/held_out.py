@@ -8,7 +8,8 @@ import numpy as np
 
 from varedit.data.synthetic import Pair, World
 from varedit.data.synthetic.scene import Item, Renderer
-from varedit.evaluation.checker import Verdict, check, visible_change
+from varedit.data.synthetic.stage import SPOTS, at_spot
+from varedit.evaluation.checker import Answer, Verdict, check_any, visible_change
 
 
 class HeldOut:
@@ -49,7 +50,27 @@ class HeldOut:
 
     def check(self, pair: Pair, result: np.ndarray) -> Verdict:
         """Judge a result, uint8 (H, W, 3) of the pair's size."""
-        return check(pair.source, pair.target, result, pair.mask, self.regions(pair))
+        return check_any(pair.source, result, self.answers(pair))
+
+    def answers(self, pair: Pair) -> list[Answer]:
+        """All right answers, the pair's own first.
+
+        Where an object is to be added and no place is named, it may stand at any spot where the world would put it.
+        """
+        found = [Answer(pair.target, pair.mask, self.regions(pair))]
+        if pair.edit_type != "add" or pair.target_scene["edit"][0]["place_named"]:
+            return found
+        before, (*_, new) = objects_of(pair)
+        for spot in SPOTS:
+            item = at_spot(self._renderer, new, spot)
+            if item == new or not self._renderer.fits(item, before, pair.source):
+                continue
+            target, place = pair.source.copy(), self._renderer.footprint((item,))
+            self._renderer.paste(target, item)
+            answer = Answer(target, place, [place])
+            if visible_change(pair.source, target, answer.regions):
+                found.append(answer)
+        return found
 
     def regions(self, pair: Pair) -> list[np.ndarray]:
         """The parts that have to be done, read off the two scene graphs: bool (H, W) each.

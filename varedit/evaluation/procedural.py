@@ -11,6 +11,7 @@ import numpy as np
 
 from varedit.data.synthetic import Pair
 from varedit.evaluation.cases import Benchmark, Case
+from varedit.evaluation.checker import Answer
 from varedit.evaluation.held_out import HeldOut
 
 SEED = 2024
@@ -46,10 +47,10 @@ class _Reader:
     def picture(self, index: int, role: str) -> np.ndarray:
         return getattr(self.pair(index), role)
 
-    def regions(self, index: int) -> list[np.ndarray]:
+    def answers(self, index: int) -> list[Answer]:
         pair = self.pair(index)
         with self._lock:
-            return self.held_out.regions(pair)
+            return self.held_out.answers(pair)
 
 
 def procedural(
@@ -95,7 +96,7 @@ def _case(reader: _Reader, index: int) -> Case:
         groups=_groups(pair),
         target=target,
         mask=mask,
-        regions=partial(reader.regions, index),
+        answers=partial(reader.answers, index),
         source_caption=pair.source_caption,
         target_caption=pair.target_caption,
         extra={"edit": pair.target_scene["edit"], "held_out": list(pair.held_out)},
@@ -104,7 +105,7 @@ def _case(reader: _Reader, index: int) -> Case:
 
 def _groups(pair: Pair) -> tuple[str, ...]:
     """What is new to an editor that was trained on the world's train split, what the scene stands on, and whether an
-    added object's place is named: if not, the known answer is the emptiest spot, but others would do as well.
+    added object's place is named.
     """
     new = [name for part, name in NOVELTY.items() if part in pair.held_out]
     if not new:

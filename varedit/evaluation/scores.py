@@ -64,12 +64,13 @@ class Sample:
 
     @cached_property
     def verdict(self) -> checker.Verdict:
-        regions = self.case.regions() if self.case.regions is not None else None
-        return checker.check(self.source, self.target, self.result, self.mask, regions)
+        if self.case.answers is not None:
+            return checker.check_any(self.source, self.result, self.case.answers())
+        return checker.check(self.source, self.target, self.result, self.mask)
 
     def stray(self) -> float | None:
         """Share of the frame that changed without being asked; None where all may change and no answer is known."""
-        if self.case.regions is not None:
+        if self.case.answers is not None:
             return self.verdict.stray
         answer = self.source
         if self.mask.mean() >= checker.WHOLE:

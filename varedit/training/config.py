@@ -110,7 +110,8 @@ class RunConfig:
             it only by rounding, and on the number of processes likewise.
         seed: of everything: weights from zero, the order of the data, flips and dropouts.
         device: "auto", "cpu" or "cuda".
-        precision: "bfloat16" computes in autocast with float32 weights, "float32" does not.
+        precision: "bfloat16" computes in autocast with float32 weights, "float32" does not; "auto" takes bfloat16 where
+            the device has it (many CPUs compute it a hundred times slower than float32).
         sharding: "none": every process holds all weights. "fsdp": weights, gradients and optimizer state are sharded
             over the processes (FSDP2).
         compile: compile the blocks with torch.compile.
@@ -130,7 +131,7 @@ class RunConfig:
     micro_batch_size: int = 16
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     sharding: Literal["none", "fsdp"] = "none"
     compile: bool = False
     ema_decay: float = 0.0
@@ -166,7 +167,7 @@ class EditorConfig(RunConfig):
         gradient_checkpointing: recompute the blocks in the backward pass.
         lora: train adapters on frozen weights.
         frozen_dtype: precision of the frozen transformer weights under LoRA. "nf4" is QLoRA: the linear layers of the
-            blocks in 4 bits, the rest in bfloat16.
+            blocks in 4 bits, the rest in bfloat16. "bfloat16" is float32 where the run computes in that.
     """
 
     start: str | None = None
@@ -377,7 +378,7 @@ def _check_editor(config: EditorConfig) -> None:
     else:
         _require(config.optimizer.name == "adamw", "optimizer.name is muon with lora; adapters train with adamw")
         _require(
-            config.precision == "bfloat16" or config.frozen_dtype == "float32",
+            config.precision != "float32" or config.frozen_dtype == "float32",
             f"frozen_dtype is {config.frozen_dtype} with precision float32; set frozen_dtype to float32, or precision "
             "to bfloat16",
         )

@@ -191,7 +191,7 @@ def _longest_sequence(transformer: VAREditTransformer, schedules: list[ScaleSche
 
 def _activations(config: EditorConfig, transformer: VAREditTransformer, num_tokens: int) -> int:
     settings, batch = transformer.config, config.micro_batch_size
-    scale = 1 if config.precision == "bfloat16" else 2
+    scale = 2 if config.precision == "float32" else 1
     layer = num_tokens * settings.width * batch * scale
     blocks = settings.num_blocks
     kept = (_KEPT_CHECKPOINTED * blocks + _KEPT) * layer if config.gradient_checkpointing else _KEPT * blocks * layer

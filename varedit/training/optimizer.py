@@ -5,13 +5,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from varedit.runtime import computes_bfloat16
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrix: Tensor, num_steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix by quintic Newton-Schulz iteration (Jordan et al., Muon, 2024), in bfloat16."""
+    """Nearest semi-orthogonal matrix by quintic Newton-Schulz iteration (Jordan et al., Muon, 2024).
+
+    Computed in bfloat16, which is enough for it, where the device has that, else in float32.
+    """
     a, b, c = _NEWTON_SCHULZ
-    x = matrix.bfloat16()
+    x = matrix.to(torch.bfloat16 if computes_bfloat16(matrix.device) else torch.float32)
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
     x = x / (x.norm() + 1e-7)

@@ -10,6 +10,7 @@ from varedit.training.checkpoint import CheckpointError
 from varedit.training.config import EditorConfig, RunConfig, TokenizerConfig, check_packages, check_processes
 from varedit.training.journal import check_folder, logged
 from varedit.training.loop import Loop, Training
+from varedit.training.precision import report_precision
 from varedit.training.processes import Processes, joined
 from varedit.training.sources import forget_scans
 
@@ -38,6 +39,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, perceptual=None
             forget_scans(folder)
         processes.barrier()
         with logged(folder) as log:
+            report_precision(config, processes.device)
             loop = _begin(config, processes, folder, resume, perceptual)
             log.flush()
             with _writing(folder):

@@ -19,6 +19,7 @@ from varedit.training.config import TokenizerConfig
 from varedit.training.data import HeldOut, MicroBatch, Plan, stream_seed
 from varedit.training.journal import Journal
 from varedit.training.pictures import contact_sheet
+from varedit.training.precision import autocast
 from varedit.training.processes import Processes
 from varedit.training.sources import open_pairs
 from varedit.training.typed_yaml import construct
@@ -86,7 +87,7 @@ class TokenizerTraining:
         """Weighted sum of all losses; each of them, PSNR and bit usage as metrics."""
         config, image = self.config, self._images(batch)
         num_scales = self._num_scales(batch)
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with autocast(config, image.device):
             features = self.image_tokenizer.encoder(image).float()
             pyramid = self._pyramid(features, batch.schedule)
             canvas = pyramid.canvas_of(num_scales)

@@ -27,6 +27,7 @@ from varedit.training.data import HeldOut, MicroBatch, Plan, choose_phrasings, s
 from varedit.training.journal import Journal
 from varedit.training.objective import bit_accuracy, bit_losses, edit_weights, objective
 from varedit.training.pictures import contact_sheet
+from varedit.training.precision import autocast, in_bfloat16
 from varedit.training.processes import Processes, is_sharded, shard_transformer, whole
 from varedit.training.sources import open_pairs
 from varedit.training.typed_yaml import construct
@@ -56,7 +57,7 @@ class EditorTraining:
         source = config.image_tokenizer or config.start
         assert source is not None, "checked with the config"
         self.image_tokenizer = load_image_tokenizer(source).to(processes.device)
-        self.transformer = new_transformer(config)
+        self.transformer = new_transformer(config, processes.device)
         _check_sizes(config, self.transformer, self.image_tokenizer)
         self.text = TextStates(config, processes, self.transformer.config.max_text_tokens)
         if self.text.encoder.config.hidden_size != self.transformer.config.text_features:
@@ -75,7 +76,7 @@ class EditorTraining:
         if config.compile:
             compile_blocks(self.transformer)
         if config.sharding == "fsdp":
-            shard_transformer(self.transformer, processes, config.precision == "bfloat16")
+            shard_transformer(self.transformer, processes, in_bfloat16(config, processes.device))
         self.modules: dict[str, nn.Module] = {"transformer": self.transformer}
 
     # -- one micro-batch --
@@ -159,8 +160,7 @@ class EditorTraining:
         )
 
     def _logits(self, schedule, forced: TeacherForcing, source_BChw, text_BTF, text_mask_BT, drop_text_B) -> Tensor:
-        enabled = self.config.precision == "bfloat16"
-        with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled):
+        with autocast(self.config, self.processes.device):
             return self.transformer(
                 schedule,
                 forced.inputs_BLC,
@@ -195,8 +195,7 @@ class EditorTraining:
             sources, targets = to_pil(batch.source_B3HW), to_pil(batch.target_B3HW)
             count = min(len(sources), self.config.sample_count - len(rows))
             prompts = [texts[0] for texts in batch.instructions[:count]]
-            enabled = self.config.precision == "bfloat16"
-            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled):
+            with autocast(self.config, self.processes.device):
                 edited = pipeline(sources[:count], prompts, seed=list(range(count)), size=batch.schedule.size)
             rows += list(zip(prompts, zip(sources, edited.images, targets)))
             if len(rows) >= self.config.sample_count:
@@ -295,14 +294,19 @@ class TextStates:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def new_transformer(config: EditorConfig) -> VAREditTransformer:
-    """The transformer that a run begins with, on the CPU, with adapters if asked for. Raises ValueError."""
+def new_transformer(config: EditorConfig, device: torch.device) -> VAREditTransformer:
+    """The transformer that a run on `device` begins with, still on the CPU, with adapters if asked for.
+
+    Raises:
+        ValueError: the config names no usable model.
+    """
     if config.start is None:
         torch.manual_seed(stream_seed("weights", config.seed))
         transformer = construct(VAREditTransformer, transformer_arguments(config), "transformer")
         transformer.initialize()
         return transformer
-    dtype = torch.bfloat16 if config.lora and config.frozen_dtype != "float32" else torch.float32
+    rounded = config.lora and config.frozen_dtype != "float32" and in_bfloat16(config, device)
+    dtype = torch.bfloat16 if rounded else torch.float32
     if not Path(config.start).is_dir():  # diffusers would look for it on the hub
         raise ValueError(f"no transformer in {config.start!r}: no such folder; convert or train a model first")
     diffusers.utils.logging.disable_progress_bar()

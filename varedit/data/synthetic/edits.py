@@ -101,7 +101,7 @@ def add(stage: Stage, scene: Scene) -> Edit | None:
         return _add_beside(stage, scene, item, new_phrase)
     if chance < 0.6:
         spot = stage.rng.choice(list(SPOTS))
-        item, key = at_spot(stage, item, spot), "add"
+        item, key = at_spot(stage.renderer, item, spot), "add"
         slots = {"new": new_phrase, "where": stage.rng.choice(SPOT_WORDS[spot])}
     else:
         # Without a named place the object goes to the emptiest spot (the centre first): learnable, not arbitrary.
@@ -111,7 +111,7 @@ def add(stage: Stage, scene: Scene) -> Edit | None:
             return min(near, 0.3) + (0.05 if name == "center" else 0)
 
         spot = max(SPOTS, key=emptiness)
-        item, key = at_spot(stage, item, spot), "add_free"
+        item, key = at_spot(stage.renderer, item, spot), "add_free"
         slots = {"new": new_phrase}
     if not stage.renderer.fits(item, scene.items, stage.background):
         return None
@@ -223,7 +223,7 @@ def move(stage: Stage, scene: Scene) -> Edit | None:
         operation = {"op": "move", "object": index, "direction": ward}
     else:
         spot = stage.rng.choice(list(SPOTS))
-        new = at_spot(stage, old, spot)
+        new = at_spot(stage.renderer, old, spot)
         words = stage.rng.choice(SPOT_WORDS[spot])
         toward = {
             "left": "to the left side",
@@ -317,7 +317,7 @@ def text(stage: Stage, scene: Scene) -> Edit | None:
     if at is None:
         sign = stage.sign()
         spot = rng.choice(("top", "center", "bottom"))
-        sign = at_spot(stage, sign, spot)
+        sign = at_spot(stage.renderer, sign, spot)
         if not stage.renderer.fits(sign, scene.items, stage.background):
             return None
         slots = {

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from varedit.data.synthetic import vocabulary
-from varedit.data.synthetic.more_phrases import MORE_PHRASES
+from varedit.data.synthetic.more_phrases import more_phrases
 from varedit.data.synthetic.phrases import KIND, PHOTO, PHOTO_KIND, PHRASES, PIC
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ NOT_JOINED = ("{ref}", "{where}", "I ", "there ", "the ", "no ", "more ", "less 
 # Openings of clauses that are no request, so that "please" does not fit.
 STATEMENTS = (
     "the ", "there ", "I ", "in ", "at ", "on ", "to ", "under ", "above ", "below ", "no ", "more ", "less ", "where ",
+    "a ", "an ", "all ", "any ", "as ", "everyone ", "everything ", "feels ", "for ", "from ", "gonna ", "he ", "i ",
+    "i'd ", "I'd ", "i'm ", "I'm ", "if ", "is ", "it ", "it'd ", "it's ", "just ", "let's ", "like ", "looks ", "my ",
+    "nobody ", "not ", "nothing ", "one ", "only ", "our ", "same ", "she ", "so ", "some ", "that ", "this ", "too ",
+    "very ", "wanna ", "way ", "we ", "with ", "without ",
 )  # fmt: skip
 _SPACES = re.compile(r"\s+")
 
@@ -47,12 +51,12 @@ def clause(
 
     Args:
         joined: one that reads well beside another.
-        more: draw from `MORE_PHRASES` as well.
+        more: draw from `more_phrases` as well.
     """
     filled = {"pic": PHOTO if photo else PIC, "kind": PHOTO_KIND if photo else KIND, **slots}
     templates = PHRASES[key][1 if held_out else 0]
     if more:
-        templates += MORE_PHRASES[key]
+        templates += more_phrases()[key]
     usable = [t for t in templates if all(name in filled for name in re.findall(r"{(\w+)}", t))]
     if joined:
         usable = [t for t in usable if " " in t and "?" not in t and not t.startswith(NOT_JOINED)] or usable
@@ -62,7 +66,8 @@ def clause(
 def dress(rng: random.Random, text: str) -> str:
     """Politeness, capital letter and full stop, as people happen to write."""
     question = text.endswith("?")
-    imperative = not question and not text.startswith(STATEMENTS) and " " in text
+    polite = re.search(r"\b(please|pls|kindly|thanks)\b", text) is not None
+    imperative = not question and not polite and not text.startswith(STATEMENTS) and " " in text
     chance = rng.random()
     if imperative and chance < 0.06:
         text = f"please {text}"

@@ -42,11 +42,11 @@ SPOT_WORDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def at_spot(stage: Stage, item: Item, spot: str) -> Item:
+def at_spot(renderer: Renderer, item: Item, spot: str) -> Item:
     """The object at a named spot, pulled inside the canvas."""
-    _, _, height, width = stage.renderer.box(item)
-    half_x = width / stage.renderer.width / 2 + 0.03
-    half_y = height / stage.renderer.height / 2 + 0.03
+    _, _, height, width = renderer.box(item)
+    half_x = width / renderer.width / 2 + 0.03
+    half_y = height / renderer.height / 2 + 0.03
     x, y = SPOTS[spot]
     if x != 0.5:
         x = min(max(x, half_x), 1 - half_x)
