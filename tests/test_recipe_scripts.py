@@ -29,7 +29,8 @@ needs_model = pytest.mark.skipif(not (DEFAULT_MODEL / "model_index.json").exists
 def test_the_round_of_templates_has_their_shares():
     round_of = small_gpu.slots(60)
     assert len(round_of) == 60 and set(round_of) == set(small_gpu.ASPECTS)
-    assert abs(round_of.count(1.0) - 0.36 * 60) < 2
+    shares = {ratio: 60 * share / sum(small_gpu.ASPECTS.values()) for ratio, share in small_gpu.ASPECTS.items()}
+    assert all(abs(round_of.count(ratio) - share) < 2 for ratio, share in shares.items())
     assert round_of == small_gpu.slots(60)
 
 
