@@ -38,6 +38,7 @@ from tiny_two_core_cpu import (
     Run,
     laplacian_loss,
     transformer_weights,
+    wording,
 )
 from torch import Tensor, nn
 
@@ -177,7 +178,7 @@ class Pairs(torch.utils.data.IterableDataset):
                                     ("source", "target", "mask"))  # fmt: skip
             schedule = scale_schedule(self.size, ratio)
             phrases, name_rows = phrase_rows([pair.scene for pair in pairs], schedule.finest)
-            prompts = [pair.instruction for pair in pairs]
+            prompts = [wording(pair) for pair in pairs]
             yield PairBatch(schedule, source, target, mask, prompts, phrases, name_rows.numpy())
             number += stride
 

@@ -298,7 +298,7 @@ def editor(
     if start:
         pipeline = load_pipeline(str(start), dtype=torch.float32)
         model.load_state_dict(pipeline.transformer.state_dict())
-        if not (run / "tokenizer.pt").exists():
+        if not (run / "tokenizer.pt").exists():  # `export` and `evaluate` take it from there
             run.mkdir(parents=True, exist_ok=True)
             torch.save({"model": pipeline.image_tokenizer.state_dict()}, run / "tokenizer.pt")
     else:

@@ -7,10 +7,11 @@ import torch
 
 @lru_cache(maxsize=8)
 def computes_bfloat16(device: torch.device | str) -> bool:
-    """Whether a device has instructions for bfloat16.
+    """Whether a device computes bfloat16 about as fast as float32, or faster.
 
-    Elsewhere PyTorch computes it all the same, up to a hundred times slower than float32: on CPUs without AVX-512 or
-    its like, which are most of those in desktops and laptops, and in another way on graphics cards before Ampere.
+    Elsewhere PyTorch computes it all the same, but slowly: a product of matrices took a hundred times as long as in
+    float32 on a CPU without AVX-512 (AVX2 is what most desktops and laptops have). Graphics cards before Ampere
+    emulate it.
     """
     kind = torch.device(device).type
     if kind == "cuda":

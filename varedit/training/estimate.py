@@ -191,7 +191,7 @@ def _longest_sequence(transformer: VAREditTransformer, schedules: list[ScaleSche
 
 def _activations(config: EditorConfig, transformer: VAREditTransformer, num_tokens: int) -> int:
     settings, batch = transformer.config, config.micro_batch_size
-    scale = 2 if config.precision == "float32" else 1
+    scale = 2 if config.precision == "float32" else 1  # "auto": as on a graphics card
     layer = num_tokens * settings.width * batch * scale
     blocks = settings.num_blocks
     kept = (_KEPT_CHECKPOINTED * blocks + _KEPT) * layer if config.gradient_checkpointing else _KEPT * blocks * layer
