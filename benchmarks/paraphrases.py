@@ -3,8 +3,8 @@
     python benchmarks/paraphrases.py --objects DIR --photos DIR --count 300 --output benchmarks/results/paraphrases.md
 
 paraphrases.jsonl holds instructions in the manner of people, written one by one, each bound to one kind of edit: its
-slots ({object}, {colour}, {place} ...) are filled from the case, so that the exact checker knows the answer. Every case is
-edited twice with the same seed: once as the procedural world words it, once as a person would.
+slots ({object}, {colour}, {place} ...) are filled from the case, so that the exact checker knows the answer. Every case
+is edited twice with the same seed: once as the procedural world words it, once as a person would.
 """
 
 import json

@@ -28,4 +28,4 @@ def report_precision(config: RunConfig, device: torch.device) -> None:
     bfloat16 = in_bfloat16(config, device)
     logger.info("computes in %s", "bfloat16" if bfloat16 else "float32")
     if bfloat16 and not computes_bfloat16(device):
-        logger.warning("this device computes bfloat16 very slowly; set precision (under lora frozen_dtype too) to float32")
+        logger.warning("this device computes bfloat16 very slowly; set precision (with lora frozen_dtype) to float32")
