@@ -64,8 +64,8 @@ EDITOR = {
 ASPECTS = {1.0: 46, 0.666: 14, 1.5: 14, 0.75: 8, 1.333: 8, 0.8: 3, 1.25: 3, 0.571: 1, 1.75: 1, 0.5: 1, 2.0: 1}
 """Height over width -> share of the batches."""
 EDITS = {
-    "tone": 19, "style": 9, "weather": 4, "recolour": 10, "remove": 16, "add": 16, "background": 5, "replace": 8,
-    "move": 4, "resize": 3, "rotate": 1, "material": 3, "text": 4, "composition": 6,
+    "tone": 15, "style": 9, "weather": 3, "recolour": 9, "remove": 14, "add": 20, "background": 4, "replace": 10,
+    "move": 4, "resize": 3, "rotate": 2, "material": 3, "text": 4, "composition": 6,
 }  # fmt: skip
 """Edit type -> share of the editor's pairs. Edits of one object come oftener than in the benchmark: they are learned
 last."""

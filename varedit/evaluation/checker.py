@@ -13,12 +13,12 @@ that is left counts beyond `NOISE` levels. Changes that vanish under that filter
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
 
-REVISION = 2
+REVISION = 3
 """Raised whenever a score could change: part of the protocol's hash."""
 
 SOFTNESS = 1.5 / 128
@@ -143,11 +143,23 @@ class Answer:
 def check_any(source: np.ndarray, result: np.ndarray, answers: Sequence[Answer]) -> Verdict:
     """Compare a result with several right answers: the verdict of the one that it meets best.
 
+    A result that also does another of them, at a place of its own, is no success: one object was asked for, not two. A
+    second one may be small enough to pass for stray pixels.
+
     Raises:
         ValueError: as `check`.
     """
     verdicts = [check(source, answer.target, result, answer.mask, answer.regions) for answer in answers]
-    return max(verdicts, key=lambda v: (v.success, v.half, v.closer, v.completeness))
+    best = max(range(len(answers)), key=lambda i: _rank(verdicts[i]))
+    again = any(
+        min(verdict.regions) >= DONE and not (answer.mask & answers[best].mask).any()
+        for answer, verdict in zip(answers, verdicts)
+    )
+    return replace(verdicts[best], success=verdicts[best].success and not again)
+
+
+def _rank(verdict: Verdict) -> tuple:
+    return verdict.success, verdict.half, verdict.closer, verdict.completeness
 
 
 def soften(picture: np.ndarray, softness: float) -> np.ndarray:

@@ -18,6 +18,9 @@ SPOTS: dict[str, tuple[float, float]] = {
     "top left": (0.2, 0.2), "top": (0.5, 0.2), "top right": (0.8, 0.2), "left": (0.2, 0.5), "center": (0.5, 0.5),
     "right": (0.8, 0.5), "bottom left": (0.2, 0.8), "bottom": (0.5, 0.8), "bottom right": (0.8, 0.8),
 }  # fmt: skip
+OPEN_ORDER = ("center", "right", "left", "bottom", "top", "bottom right", "bottom left", "top right", "top left")
+"""Spots in the order in which an object without a named place takes them, if they are free."""
+TYPICAL_SIZE = 0.36
 # name -> words for "where"
 SPOT_WORDS: dict[str, tuple[str, ...]] = {
     "top left": ("in the top left corner", "at the top left", "in the upper left corner", "in the top left"),
@@ -105,6 +108,15 @@ class Stage:
         if kind == "primitive":
             material = rng.choices(MATERIALS, (60, 8, 8, 8, 10, 8))[0]
         return Item(kind, name, size=size, colour=colour, shade=rng.randint(-9, 9), material=material)
+
+    def typical(self, item: Item) -> Item:
+        """The object as the training split adds it: what an instruction leaves open is decided once and for all.
+
+        A size drawn by lot, one of five pictures of a dog, or a flip cannot be foreseen from "add a dog". An editor that
+        predicts many bits at once, each by itself, then draws a mixture of all of them: a blur.
+        """
+        file = self.renderer.sprites.by_name[item.name][-1].key if item.kind == "sprite" else None
+        return replace(item, size=TYPICAL_SIZE, shade=0, flip=False, file=file)
 
     def sign(self) -> Item:
         """A board with a word, without a place."""
