@@ -16,7 +16,7 @@ from varedit.data.synthetic import world as world_module
 from varedit.data.synthetic.edits import RELATIONS
 from varedit.data.synthetic.more_phrases import more_phrases
 from varedit.data.synthetic.scene import Item, Renderer
-from varedit.data.synthetic.stage import SPOT_WORDS
+from varedit.data.synthetic.stage import OPEN_ORDER, SPOT_WORDS, TYPICAL_SIZE, at_spot
 from varedit.scales import scale_schedule
 
 COUNT = 260
@@ -269,6 +269,23 @@ def test_an_added_objects_place_is_named_or_not(folders: tuple[Path, Path]) -> N
         named.append(pair.target_scene["edit"][0]["place_named"])
         assert named[-1] == any(words in pair.instruction.lower() for words in places), pair.instruction
     assert 10 < sum(named) < 50
+
+
+def test_training_decides_what_an_added_objects_instruction_leaves_open(folders: tuple[Path, Path]) -> None:
+    world = World(*folders, "train", 128, weights={"add": 1})
+    renderer = Renderer(*folders, "train", 128, 128)
+    pairs = [world.pair(3, index) for index in range(40)]
+    open_pairs = [pair for pair in pairs if not pair.target_scene["edit"][0]["place_named"]]
+    assert len(open_pairs) > 8
+    for pair in open_pairs:
+        *before, new = objects_of(pair.target_scene)
+        background = renderer.background(pair.scene["background"])
+        free = [spot for spot in OPEN_ORDER if renderer.fits(at_spot(renderer, new, spot), tuple(before), background)]
+        assert pair.target_scene["edit"][0]["spot"] == free[0] and new == at_spot(renderer, new, free[0])
+    assert {pair.target_scene["edit"][0]["spot"] for pair in open_pairs} > {"center"}
+    added = [objects_of(pair.target_scene)[-1] for pair in pairs]
+    assert {(item.size, item.shade, item.flip) for item in added} == {(TYPICAL_SIZE, 0, False)}
+    assert len({(item.name, item.file) for item in added}) == len({item.name for item in added})
 
 
 def test_further_phrasings_are_for_training_alone(folders: tuple[Path, Path]) -> None:

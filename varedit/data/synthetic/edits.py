@@ -120,8 +120,10 @@ def _open_spot(stage: Stage, scene: Scene, item: Item) -> str:
     checker takes any free spot for right (`evaluation.held_out`).
     """
     if not stage.test:
-        free = (s for s in OPEN_ORDER if stage.renderer.fits(at_spot(stage.renderer, item, s), scene.items, stage.background))
-        return next(free, "center")
+        for spot in OPEN_ORDER:
+            if stage.renderer.fits(at_spot(stage.renderer, item, spot), scene.items, stage.background):
+                return spot
+        return OPEN_ORDER[0]
 
     def emptiness(name: str) -> float:
         x, y = SPOTS[name]

@@ -112,8 +112,8 @@ class Stage:
     def typical(self, item: Item) -> Item:
         """The object as the training split adds it: what an instruction leaves open is decided once and for all.
 
-        A size drawn by lot, one of five pictures of a dog, or a flip cannot be foreseen from "add a dog". An editor that
-        predicts many bits at once, each by itself, then draws a mixture of all of them: a blur.
+        A size drawn by lot, one of five pictures of a dog, or a flip cannot be foreseen from "add a dog". An editor
+        that predicts many bits at once, each by itself, then draws a mixture of all of them: a blur.
         """
         file = self.renderer.sprites.by_name[item.name][-1].key if item.kind == "sprite" else None
         return replace(item, size=TYPICAL_SIZE, shade=0, flip=False, file=file)
