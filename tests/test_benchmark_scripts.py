@@ -40,7 +40,7 @@ def test_answers_are_those_of_the_benchmark(held_out):
         assert len(held_out.answers(pair)) == len(theirs)
 
 
-def test_an_object_added_at_any_free_spot_is_right_where_none_is_named(held_out):
+def test_an_object_added_wherever_it_fits_is_right_where_no_place_is_named(held_out):
     counts = {True: [], False: []}
     for index in held_out.judgeable():
         pair = held_out.pair(index)
@@ -48,19 +48,19 @@ def test_an_object_added_at_any_free_spot_is_right_where_none_is_named(held_out)
             continue
         answers, named = held_out.answers(pair), pair.target_scene["edit"][0]["place_named"]
         counts[named].append(len(answers))
-        for answer in answers:
+        for answer in (answers[0], *answers[1::20]):
             verdict = held_out.check(pair, answer.target)
             assert verdict.success and verdict.closer and verdict.half and verdict.stray == 0
             changed = (answer.target != pair.source).any(-1)
             assert changed.any() and not (changed & ~answer.mask).any()
         assert held_out.check(pair, pair.source).completeness == 0
-        for other in answers[1:]:
-            if not (other.mask & answers[0].mask).any():
-                twice = np.where(answers[0].mask[..., None], answers[0].target, other.target)
-                assert not held_out.check(pair, twice).success, "two objects are one too many"
-        if min(map(len, counts.values())) >= 6:
+        apart = [other for other in answers if not (other.mask & answers[0].mask).any()]
+        for other in apart[::20]:
+            twice = np.where(answers[0].mask[..., None], answers[0].target, other.target)
+            assert not held_out.check(pair, twice).success, "two objects are one too many"
+        if min(map(len, counts.values())) >= 3:
             break
-    assert set(counts[True]) == {1} and max(counts[False]) >= 4
+    assert set(counts[True]) == {1} and max(counts[False]) >= 20
 
 
 def test_the_answer_succeeds_and_the_source_does_not(held_out):

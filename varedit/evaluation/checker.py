@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from scipy import ndimage
@@ -109,9 +110,7 @@ def check(
     )
     stray = float(stray_pixels(source, target, result, mask).mean())
     mean, preservation = float(np.mean(done)), 1 - float(np.sqrt(stray))
-    way, left, back = (
-        np.abs(one[mask] - two[mask]).mean() for one, two in ((before, after), (got, after), (got, before))
-    )
+    way, left, back = _distances(before, after, got, mask)
     return Verdict(
         success=min(done) >= DONE and even and stray <= UNTOUCHED,
         closer=left < back,
@@ -149,23 +148,57 @@ def check_any(source: np.ndarray, result: np.ndarray, answers: Sequence[Answer])
     Raises:
         ValueError: as `check`.
     """
-    verdicts = [check(source, answer.target, result, answer.mask, answer.regions) for answer in answers]
-    best = max(range(len(answers)), key=lambda i: _rank(verdicts[i]))
-    again = any(
-        min(verdict.regions) >= DONE and not (answer.mask & answers[best].mask).any()
-        for answer, verdict in zip(answers, verdicts)
-    )
-    return replace(verdicts[best], success=verdicts[best].success and not again)
+    if len(answers) == 1:
+        (answer,) = answers
+        return check(source, answer.target, result, answer.mask, answer.regions)
+    before, got = soften(source, SOFTNESS), soften(result, SOFTNESS)
+    glances = [_glance(before, got, answer) for answer in answers]
+    done = [answer for answer, glance in zip(answers, glances) if glance.least >= DONE]
+    nearest = max(zip(glances, range(len(answers))), key=lambda pair: pair[0].rank)[1]
+    verdicts = [check(source, one.target, result, one.mask, one.regions) for one in (*done, answers[nearest])]
+    best = max(verdicts, key=lambda v: (v.success, v.half, v.closer, v.completeness))
+    twice = any(not (one.mask & other.mask).any() for one, other in combinations(done, 2))
+    return replace(best, success=best.success and not twice)
 
 
-def _rank(verdict: Verdict) -> tuple:
-    return verdict.success, verdict.half, verdict.closer, verdict.completeness
+@dataclass(frozen=True)
+class _Glance:
+    """What decides between answers, without the costly look for stray pixels."""
+
+    least: float
+    rank: tuple[bool, bool, float]
 
 
-def soften(picture: np.ndarray, softness: float) -> np.ndarray:
-    """float32 (H, W, 3) in 0..255 after a Gaussian of `softness` times the short side."""
-    sigma = softness * min(picture.shape[:2])
+def _glance(before: np.ndarray, got: np.ndarray, answer: Answer) -> _Glance:
+    window, after = soften_part(answer.target, [answer.mask, *answer.regions])
+    before, got, mask = before[window], got[window], answer.mask[window]
+    parts = [region[window] for region in answer.regions]
+    done = [completeness(before[part], after[part], got[part]) for part in parts]
+    way, left, back = _distances(before, after, got, mask)
+    return _Glance(min(done), (left < way / 2, left < back, float(np.mean(done))))
+
+
+def _distances(before: np.ndarray, after: np.ndarray, got: np.ndarray, mask: np.ndarray) -> tuple[float, float, float]:
+    """Mean absolute differences in the mask: source to target, result to target, result to source."""
+    pairs = (before, after), (got, after), (got, before)
+    way, left, back = (float(np.abs(one[mask] - two[mask]).mean()) for one, two in pairs)
+    return way, left, back
+
+
+def soften(picture: np.ndarray, softness: float, short: int | None = None) -> np.ndarray:
+    """float32 (H, W, 3) in 0..255 after a Gaussian of `softness` times the short side (of a part: of the whole's)."""
+    sigma = softness * (short or min(picture.shape[:2]))
     return ndimage.gaussian_filter(picture.astype(np.float32), (sigma, sigma, 0), mode="nearest")
+
+
+def soften_part(picture: np.ndarray, regions: Sequence[np.ndarray]) -> tuple[tuple[slice, ...], np.ndarray]:
+    """The window that holds all regions, and the picture in it, softened: in the regions just as the whole would be."""
+    short = min(picture.shape[:2])
+    reach = int(4 * SOFTNESS * short) + 1  # where the Gaussian ends
+    window = tuple(
+        slice(max(0, int(at.min()) - reach), int(at.max()) + reach + 1) for at in np.any(regions, axis=0).nonzero()
+    )
+    return window, soften(picture[window], SOFTNESS, short)
 
 
 def completeness(before: np.ndarray, after: np.ndarray, got: np.ndarray) -> float:
@@ -204,8 +237,12 @@ def visible_change(source: np.ndarray, target: np.ndarray, regions: Sequence[np.
 
     Sharpening, a slight blur or a thin needle on a like background are gone at this tolerance.
     """
-    before, after = soften(source, SOFTNESS), soften(target, SOFTNESS)
-    return all(part.any() and np.sqrt(np.square(after[part] - before[part]).mean()) >= MIN_CHANGE for part in regions)
+    if not regions or not all(part.any() for part in regions):
+        return False
+    window, before = soften_part(source, regions)
+    _, after = soften_part(target, regions)
+    parts = [region[window] for region in regions]
+    return all(np.sqrt(np.square(after[part] - before[part]).mean()) >= MIN_CHANGE for part in parts)
 
 
 def stray_pixels(source: np.ndarray, target: np.ndarray, result: np.ndarray, mask: np.ndarray) -> np.ndarray:

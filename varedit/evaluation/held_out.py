@@ -1,15 +1,19 @@
 """Held-out pairs of the procedural world, with all that the exact checker needs to judge an edit of one."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from varedit.data.synthetic import Pair, World
 from varedit.data.synthetic.scene import Item, Renderer
-from varedit.data.synthetic.stage import SPOTS, at_spot
 from varedit.evaluation.checker import Answer, Verdict, check_any, visible_change
+
+STEP = 1 / 16
+"""Distance of the places where an object may be added if none is named, as a share of the width and of the height."""
 
 
 class HeldOut:
@@ -55,14 +59,15 @@ class HeldOut:
     def answers(self, pair: Pair) -> list[Answer]:
         """All right answers, the pair's own first.
 
-        Where an object is to be added and no place is named, it may stand at any spot where the world would put it.
+        Where an object is to be added and no place is named, it may stand wherever it fits: on a grid of `STEP`.
         """
         found = [Answer(pair.target, pair.mask, self.regions(pair))]
         if pair.edit_type != "add" or pair.target_scene["edit"][0]["place_named"]:
             return found
         before, (*_, new) = objects_of(pair)
-        for spot in SPOTS:
-            item = at_spot(self._renderer, new, spot)
+        shares = np.arange(STEP, 1, STEP).tolist()
+        for x, y in product(shares, shares):
+            item = replace(new, x=x, y=y)
             if item == new or not self._renderer.fits(item, before, pair.source):
                 continue
             target, place = pair.source.copy(), self._renderer.footprint((item,))
