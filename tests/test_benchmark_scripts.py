@@ -14,6 +14,7 @@ from varedit.data.synthetic import World, grammar
 from varedit.data.synthetic.more_phrases import more_phrases
 from varedit.data.synthetic.phrases import PHOTO, PHOTO_KIND, PHRASES, PIC
 from varedit.evaluation.benchmarks import load
+from varedit.evaluation.checker import check
 from varedit.evaluation.held_out import HeldOut, objects_of
 from varedit.testing import tiny_pipeline
 
@@ -61,6 +62,19 @@ def test_an_object_added_wherever_it_fits_is_right_where_no_place_is_named(held_
         if min(map(len, counts.values())) >= 3:
             break
     assert set(counts[True]) == {1} and max(counts[False]) >= 20
+
+
+def test_the_verdict_is_the_best_one_of_all_answers(held_out):
+    pairs = (pair for pair in map(held_out.pair, held_out.judgeable()) if pair.edit_type == "add")
+    pair, answers = next((pair, found) for pair in pairs if len(found := held_out.answers(pair)) > 20)
+    noise = np.random.default_rng(0).normal(0, 12, pair.source.shape)
+    for answer in (answers[0], answers[7]):
+        for share in (0.3, 0.55, 1):
+            blend = pair.source + share * (answer.target.astype(float) - pair.source) + noise
+            result = blend.clip(0, 255).astype(np.uint8)
+            every = [check(pair.source, one.target, result, one.mask, one.regions) for one in answers]
+            best = max(every, key=lambda v: (v.success, v.half, v.closer, v.completeness))
+            assert held_out.check(pair, result) == best and best.closer == (share > 0.5)
 
 
 def test_the_answer_succeeds_and_the_source_does_not(held_out):
