@@ -49,19 +49,19 @@ def test_an_object_added_wherever_it_fits_is_right_where_no_place_is_named(held_
             continue
         answers, named = held_out.answers(pair), pair.target_scene["edit"][0]["place_named"]
         counts[named].append(len(answers))
-        for answer in (answers[0], *answers[1::20]):
+        for answer in (answers[0], *answers[1::40]):
             verdict = held_out.check(pair, answer.target)
             assert verdict.success and verdict.closer and verdict.half and verdict.stray == 0
             changed = (answer.target != pair.source).any(-1)
             assert changed.any() and not (changed & ~answer.mask).any()
         assert held_out.check(pair, pair.source).completeness == 0
         apart = [other for other in answers if not (other.mask & answers[0].mask).any()]
-        for other in apart[::20]:
+        for other in apart[::40]:
             twice = np.where(answers[0].mask[..., None], answers[0].target, other.target)
             assert not held_out.check(pair, twice).success, "two objects are one too many"
-        if min(map(len, counts.values())) >= 3:
+        if min(map(len, counts.values())) >= 2:
             break
-    assert set(counts[True]) == {1} and max(counts[False]) >= 20
+    assert set(counts[True]) == {1} and max(counts[False]) > 9
 
 
 def test_the_verdict_is_the_best_one_of_all_answers(held_out):
