@@ -154,8 +154,8 @@ def check_any(source: np.ndarray, result: np.ndarray, answers: Sequence[Answer])
     before, got = soften(source, SOFTNESS), soften(result, SOFTNESS)
     glances = [_glance(before, got, answer) for answer in answers]
     done = [answer for answer, glance in zip(answers, glances) if glance.least >= DONE]
-    nearest = max(zip(glances, range(len(answers))), key=lambda pair: pair[0].rank)[1]
-    verdicts = [check(source, one.target, result, one.mask, one.regions) for one in (*done, answers[nearest])]
+    nearest = answers[max(range(len(answers)), key=lambda index: glances[index].rank)]
+    verdicts = [check(source, one.target, result, one.mask, one.regions) for one in (*done, nearest)]
     best = max(verdicts, key=lambda v: (v.success, v.half, v.closer, v.completeness))
     twice = any(not (one.mask & other.mask).any() for one, other in combinations(done, 2))
     return replace(best, success=best.success and not twice)

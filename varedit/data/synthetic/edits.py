@@ -116,8 +116,8 @@ def add(stage: Stage, scene: Scene) -> Edit | None:
 def _open_spot(stage: Stage, scene: Scene, item: Item) -> str:
     """Where an object goes whose place is not named: in training the first of `OPEN_ORDER` that is free.
 
-    The test split keeps the rule of its first days, the emptiest spot, so that its cases stay what they are; its
-    checker takes any free spot for right (`evaluation.held_out`).
+    The test split has an older rule, the emptiest spot, so that its cases stay what they are. Both are only one answer:
+    the checker takes the object for right wherever it fits (`evaluation.held_out`).
     """
     if not stage.test:
         for spot in OPEN_ORDER:

@@ -21,6 +21,7 @@ SPOTS: dict[str, tuple[float, float]] = {
 OPEN_ORDER = ("center", "right", "left", "bottom", "top", "bottom right", "bottom left", "top right", "top left")
 """Spots in the order in which an object without a named place takes them, if they are free."""
 TYPICAL_SIZE = 0.36
+"""Of an object that the training split adds, share of the short side: about the middle of what the test split draws."""
 # name -> words for "where"
 SPOT_WORDS: dict[str, tuple[str, ...]] = {
     "top left": ("in the top left corner", "at the top left", "in the upper left corner", "in the top left"),
