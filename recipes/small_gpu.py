@@ -15,7 +15,7 @@ rounded so. Not run on a GPU yet: the numbers of steps are estimates; the log sa
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +30,7 @@ from tiny_two_core_cpu import (
     EDITOR,
     EDITS,
     MASK_WEIGHT,
+    MEANING_WEIGHT,
     NAME_WEIGHT,
     SIZE,
     TOKENIZER,
@@ -38,7 +39,7 @@ from tiny_two_core_cpu import (
     Run,
     laplacian_loss,
     transformer_weights,
-    wording,
+    wordings,
 )
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
-from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
+from varedit.training.grounding import Grounding, Meaning, phrase_embeddings, phrase_rows
 from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
 from varedit.training.trainer import compile_blocks
@@ -141,13 +142,17 @@ def slots(count: int = 60) -> list[float]:
 
 @dataclass
 class PairBatch:
-    """Pairs of one template: uint8 (B, H, W, 3) twice, bool (B, H, W), instructions, and what `phrase_rows` says."""
+    """Pairs of one template: uint8 (B, H, W, 3) twice, bool (B, H, W), what `phrase_rows` says, and the instructions.
+
+    `asked` holds several wordings of each with what they ask, for `Meaning`; `prompts` the first of each.
+    """
 
     schedule: ScaleSchedule
     source: np.ndarray
     target: np.ndarray
     mask: np.ndarray
     prompts: list[str]
+    asked: list[tuple[str, tuple[str, ...]]]
     phrases: list[str]
     name_rows: np.ndarray
 
@@ -178,8 +183,9 @@ class Pairs(torch.utils.data.IterableDataset):
                                     ("source", "target", "mask"))  # fmt: skip
             schedule = scale_schedule(self.size, ratio)
             phrases, name_rows = phrase_rows([pair.scene for pair in pairs], schedule.finest)
-            prompts = [wording(pair) for pair in pairs]
-            yield PairBatch(schedule, source, target, mask, prompts, phrases, name_rows.numpy())
+            prompts = [wordings(pair)[0] for pair in pairs]
+            asked = [(words, pair.phrase_keys) for pair in pairs for words in wordings(pair)]
+            yield PairBatch(schedule, source, target, mask, prompts, asked, phrases, name_rows.numpy())
             number += stride
 
 
@@ -299,7 +305,8 @@ def editor(
     torch.manual_seed(seed)
     model = VAREditTransformer(**chosen.editor)
     model.initialize()
-    parts = nn.ModuleDict({"transformer": model, "grounding": Grounding(model, *chosen.read)}).train().to(device)
+    heads = {"grounding": Grounding(model, *chosen.read), "meaning": Meaning(model)}
+    parts = nn.ModuleDict({"transformer": model, **heads}).train().to(device)
     optimizers = muon_and_adamw(parts, chosen.muon_lr, chosen.muon_lr / 10, prefix="transformer.blocks.")
     progress = Chunk(run, "editor", minutes, steps or chosen.editor_steps, parts, optimizers)
     if compile:
@@ -324,12 +331,16 @@ def editor(
         loss = objective(logits, forced.bits_BLC, batch.schedule, weights_BL)
         name_BS = torch.from_numpy(batch.name_rows).to(device)
         name_loss, mask_loss = parts["grounding"](batch.schedule, name_BS, text.names(batch.phrases), mask_BHW)
-        progress.update(loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss, clip=2.0)
+        words, keys = zip(*batch.asked)
+        meaning_loss = parts["meaning"](model, *text(words), keys)
+        auxiliary = NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss + MEANING_WEIGHT * meaning_loss
+        progress.update(loss + auxiliary, clip=2.0)
         metrics = {}
         if (progress.step + 1) % 20 == 0:
             accuracy = bit_accuracy(logits.detach(), forced.bits_BLC, batch.schedule)
             metrics = {
                 "loss": loss.item(), "name_loss": name_loss.item(), "mask_loss": mask_loss.item(),
+                "meaning_loss": meaning_loss.item(),
                 "accuracy": [round(a, 4) for a in accuracy.tolist()],
             }  # fmt: skip
         progress.advance(len(source), metrics)
@@ -356,8 +367,8 @@ class Text:
         self.tokenizer, encoder = rounded_text_encoder(dtype)
         self.encoder, self.max_tokens = encoder.to(device), max_tokens
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        text_BTF, mask_BT = pad_text(self._states(prompts))
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        text_BTF, mask_BT = pad_text(self._states(list(prompts)))
         return text_BTF.float(), mask_BT
 
     def names(self, phrases: list[str]) -> Tensor:

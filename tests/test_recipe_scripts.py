@@ -11,6 +11,7 @@ import torch
 
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 from varedit.scales import scale_schedule
+from varedit.testing import tiny_pipeline
 from varedit.transformer import VAREditTransformer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -39,7 +40,7 @@ def some_batches(first: int, num_workers: int, count: int) -> list[small_gpu.Pai
 
 
 def assert_same(one: small_gpu.PairBatch, other: small_gpu.PairBatch) -> None:
-    assert one.schedule == other.schedule and one.prompts == other.prompts
+    assert (one.schedule, one.prompts, one.asked) == (other.schedule, other.prompts, other.asked)
     assert np.array_equal(one.source, other.source) and np.array_equal(one.mask, other.mask)
 
 
@@ -125,6 +126,23 @@ def test_rates_stay_and_then_fall_and_a_run_that_is_over_goes_on(tmp_path):
     assert at(10, 5, 0.5) == 1.0 and at(10, 0, 1, step=4) == pytest.approx(0.5)
     assert at(10, 7.5, 0.5) == pytest.approx(0.51) and at(10, 10, 0.5) == pytest.approx(0.02)
     assert at(20, 10, 0.5) == 1.0  # the same moment of a longer run
+
+
+def test_the_average_is_the_mean_of_the_editors_with_the_rest_of_the_first(tmp_path):
+    one, other = tiny_pipeline(), tiny_pipeline()
+    with torch.no_grad():
+        for parameter in (*other.transformer.parameters(), *other.image_tokenizer.parameters()):
+            parameter.add_(0.5)
+    for name, pipeline in (("one", one), ("other", other)):
+        pipeline.save_pretrained(tmp_path / name)
+    tiny_two_core_cpu.average([tmp_path / "one", tmp_path / "other"], tmp_path / "mean")
+    mean = VAREditPipeline.from_pretrained(tmp_path / "mean", dtype=torch.float32)
+    for name, weight in mean.transformer.state_dict().items():
+        expected = (one.transformer.state_dict()[name] + other.transformer.state_dict()[name]) / 2
+        torch.testing.assert_close(weight, expected, atol=1e-3, rtol=2**-8)  # stored in bfloat16
+    first = one.image_tokenizer.state_dict()
+    for name, weight in mean.image_tokenizer.state_dict().items():
+        assert torch.equal(weight, first[name].bfloat16().float()), name
 
 
 def test_a_preset_that_does_not_exist_is_refused(tmp_path):
