@@ -21,6 +21,7 @@ from varedit.testing import tiny_pipeline
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import gallery  # noqa: E402
+import image_tokenizer as image_tokenizer_script  # noqa: E402
 import paraphrases  # noqa: E402
 import sweep  # noqa: E402
 
@@ -260,3 +261,15 @@ def test_pictures_are_read_as_they_are():
         for file in gallery.PHOTOGRAPHS:
             with Image.open(folder / file) as image:
                 assert image.mode == "RGB" and min(image.size) >= 256
+
+
+# -- the image tokenizer alone
+
+
+def test_pictures_are_scenes_where_there_are_no_photographs_and_survive_as_their_bits():
+    world, tokenizer = World(None, None, "test", 128), tiny_pipeline().image_tokenizer
+    first, second = islice(image_tokenizer_script.pictures(world, False, seed=3), 2)
+    assert first.shape == second.shape == (128, 128, 3) and not np.array_equal(first, second)
+    result = image_tokenizer_script.reconstruct(tokenizer, first, 128)
+    assert result.shape == first.shape and result.dtype == np.uint8
+    assert not np.array_equal(result, image_tokenizer_script.reconstruct(tokenizer, second, 128))
