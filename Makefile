@@ -18,6 +18,8 @@ SCENE_INSTRUCTION ?= make the red circle blue
 SEED ?= 0
 OUT := out
 VECTORS ?=
+# Processes of one thread each, see tests/conftest.py.
+IN_PARALLEL := --numprocesses logical --maxprocesses 4
 
 .PHONY: help edit test test-slow lint format bench clean
 .DEFAULT_GOAL := help
@@ -47,7 +49,7 @@ edit: $(VENV)/.installed
 	$(BIN)/varedit edit $(OUT)/scene.png "$(SCENE_INSTRUCTION)" --output $(OUT)/scene.edited.png --seed $(SEED) --overwrite
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow or not slow"

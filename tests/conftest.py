@@ -10,6 +10,8 @@ import pytest
 # Before anything imports huggingface_hub: a test that would download fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
