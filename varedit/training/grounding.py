@@ -103,7 +103,8 @@ class Meaning(nn.Module):
     """Two linear heads on an editor's reading of the instruction: which of `MEANINGS` does it ask for?
 
     One reads the pooled text, which modulates all blocks, one the mean of what cross-attention looks up. The bits alone
-    leave the two less orderly than the text encoder's states are, and then wordings never trained on are misread.
+    leave the two less orderly than the text encoder's states are: a linear probe tells wordings never trained on apart
+    less often. What that does for the edits is in docs/model_card.md: little by itself.
 
     Args:
         editor: gives the widths; it is not kept.
