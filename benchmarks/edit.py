@@ -16,6 +16,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from results_page import publish
 
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.pipeline import ScaleStep, VAREditPipeline, default_device, load_pipeline
@@ -90,10 +91,7 @@ def main(
         f"- **one edit: {median[-1]:.2f} s**, peak memory {peak_gib(device):.2f} GiB",
         "- seconds until each scale was done: " + ", ".join(f"{value:.2f}" for value in median[:-1]),
     ]
-    typer.echo("\n".join(lines))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("\n".join(lines) + "\n")
+    publish(lines, output)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from results_page import publish
 
 from varedit.data.synthetic import World
 from varedit.evaluation.metrics import background_psnr, background_ssim
@@ -69,10 +70,7 @@ def main(
         lines.append(
             f"| {name} | {number} | {np.mean(psnr):.1f} | {np.percentile(psnr, 10):.1f} | {np.mean(ssim):.3f} |"
         )
-    typer.echo("\n".join(lines))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("\n".join(lines) + "\n")
+    publish(lines, output)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from results_page import publish
 
 from varedit.evaluation.benchmarks import load
 from varedit.evaluation.cases import Benchmark, Case, read_picture
@@ -143,10 +144,7 @@ def main(data: Path | None = None, output: Path | None = None, threads: int = os
         "",
         "Networks are of random weights. Command: `python benchmarks/scoring.py`.",
     ]
-    typer.echo("\n".join(lines))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("\n".join(lines) + "\n")
+    publish(lines, output)
 
 
 if __name__ == "__main__":

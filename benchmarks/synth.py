@@ -15,6 +15,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from PIL import Image
+from results_page import publish
 
 from varedit.data.synthetic import World
 from varedit.data.synthetic.world import WEIGHTS
@@ -101,10 +102,7 @@ def main(
         world = World(objects, photos, "train", size)
         beginning, per_cpu_second, per_second, share = measure(world, count, repeats)
         lines.append(f"| {size} | {per_cpu_second:.0f} | {per_second:.0f} | {share:.0%} | {beginning:.0f} |")
-    typer.echo("\n".join(lines))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("\n".join(lines) + "\n")
+    publish(lines, output)
     if sheet_file:
         sheet_file.parent.mkdir(parents=True, exist_ok=True)
         sheet(World(objects, photos, "test", 128)).save(sheet_file)

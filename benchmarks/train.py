@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import typer
 import yaml
+from results_page import publish
 from transformers import T5Config, T5EncoderModel
 
 from varedit.image_tokenizer import VAREditImageTokenizer
@@ -205,10 +206,7 @@ def main(
         "",
         *table(rows, batch_size, peak),
     ]
-    typer.echo("\n".join(lines))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("\n".join(lines) + "\n")
+    publish(lines, output)
 
 
 if __name__ == "__main__":

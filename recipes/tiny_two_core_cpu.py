@@ -363,14 +363,18 @@ def build_pipeline(run: Path) -> VAREditPipeline:
     return VAREditPipeline(editor_model.eval(), image_tokenizer, text_encoder, text_tokenizer, size=SIZE, **DEFAULTS)
 
 
+def ship(pipeline: VAREditPipeline, output: Path) -> None:
+    """Write a model folder in bfloat16."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder)
+        VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
+    forget_origin(output)
+
+
 @app.command()
 def export(run: Run, output: Path = Path("varedit/models/tiny")) -> None:
-    """Write the model folder that ships with the package, in bfloat16."""
-    pipeline = build_pipeline(run)
-    folder = run / "export"
-    pipeline.save_pretrained(folder)
-    VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
-    forget_origin(output)
+    """Write the model folder that ships with the package."""
+    ship(build_pipeline(run), output)
 
 
 @app.command()
@@ -378,15 +382,12 @@ def average(
     models: Annotated[list[Path], typer.Argument(help="Model folders that went on from one another.")],
     output: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("varedit/models/tiny"),
 ) -> None:
-    """Write the mean of several models' editors, with the other parts of the first model, in bfloat16."""
+    """Write the mean of several models' editors, with the other parts of the first model."""
     pipelines = [load_pipeline(str(model), dtype=torch.float32) for model in models]
     states = [pipeline.transformer.state_dict() for pipeline in pipelines]
     mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
     pipelines[0].transformer.load_state_dict(mean)
-    with tempfile.TemporaryDirectory() as folder:
-        pipelines[0].save_pretrained(folder)
-        VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
-    forget_origin(output)
+    ship(pipelines[0], output)
 
 
 def edit_scores(pair: Pair, source: np.ndarray, target: np.ndarray, result: np.ndarray) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from varedit.data.synthetic import World, grammar
@@ -16,6 +17,9 @@ from varedit.data.synthetic.phrases import PHOTO, PHOTO_KIND, PHRASES, PIC
 from varedit.evaluation.benchmarks import load
 from varedit.evaluation.checker import check
 from varedit.evaluation.held_out import HeldOut, objects_of
+from varedit.image_processor import to_pil
+from varedit.quantizer import decode_bits, encode_bits
+from varedit.scales import scale_schedule
 from varedit.testing import tiny_pipeline
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -266,10 +270,19 @@ def test_pictures_are_read_as_they_are():
 # -- the image tokenizer alone
 
 
-def test_pictures_are_scenes_where_there_are_no_photographs_and_survive_as_their_bits():
-    world, tokenizer = World(None, None, "test", 128), tiny_pipeline().image_tokenizer
+def test_drawn_scenes_have_objects_and_no_photograph():
+    world = World(None, None, "test", 128)
     first, second = islice(image_tokenizer_script.pictures(world, False, seed=3), 2)
-    assert first.shape == second.shape == (128, 128, 3) and not np.array_equal(first, second)
-    result = image_tokenizer_script.reconstruct(tokenizer, first, 128)
-    assert result.shape == first.shape and result.dtype == np.uint8
-    assert not np.array_equal(result, image_tokenizer_script.reconstruct(tokenizer, second, 128))
+    with_objects = [pair.source for pair in (world.pair(3, index) for index in range(20)) if pair.scene["objects"]]
+    assert np.array_equal(first, with_objects[0]) and np.array_equal(second, with_objects[1])
+
+
+def test_a_reconstruction_is_what_its_bits_decode_to():
+    tokenizer, picture = tiny_pipeline().image_tokenizer, World(None, None, "test", 128).pair(3, 0).source
+    result = image_tokenizer_script.reconstruct(tokenizer, picture, 128)
+    with torch.no_grad():
+        features = tokenizer.encode(torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1)
+        schedule, patch_size = scale_schedule(128), tokenizer.config.patch_size
+        bits, _ = encode_bits(features, schedule, patch_size)
+        decoded = tokenizer.decode(decode_bits(bits, schedule, patch_size))
+    assert np.array_equal(result, np.asarray(to_pil(decoded)[0]))
