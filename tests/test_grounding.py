@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from varedit.scales import scale_schedule
 from varedit.testing import tiny_transformer
 from varedit.training.grounding import (
-    MEANINGS,
     NOTHING,
     TEMPERATURE,
     Grounding,
-    Meaning,
     object_tokens,
     phrase_embeddings,
     phrase_rows,
@@ -118,23 +116,3 @@ def test_a_batch_without_objects_teaches_no_names():
 def test_blocks_that_cannot_be_read_are_refused(blocks):
     with pytest.raises(ValueError, match="give two of 0 to"):
         Grounding(tiny_transformer(), *blocks)
-
-
-def test_the_meaning_loss_is_that_of_its_definition_and_ignores_padding():
-    torch.manual_seed(0)
-    editor = tiny_transformer()
-    meaning = Meaning(editor)
-    text = torch.randn(2, 5, editor.config.text_features)
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    keys = [("recolour_sprite",), ("remove", "warmer")]
-    loss = meaning(editor, text, mask, keys)
-    terms = []
-    for row, length, wanted in ((0, 5, ["recolour"]), (1, 3, ["remove", "warmer"])):
-        pooled, words = editor.read_text(text[row : row + 1, :length], mask[row : row + 1, :length])
-        for head, read in ((meaning.from_pooled, pooled), (meaning.from_words, words.mean(1))):
-            logits = head(read / read.square().mean().sqrt())
-            terms.append(-torch.stack([logits.log_softmax(-1)[0, MEANINGS.index(key)] for key in wanted]).mean())
-    torch.testing.assert_close(loss, torch.stack(terms).sum() / 2)
-    loss.backward()
-    assert editor.text_pool.query.grad.abs().sum() > 0 and editor.text_proj[0].weight.grad.abs().sum() > 0
-    assert editor.head.weight.grad is None

@@ -12,6 +12,7 @@ import torch
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 from varedit.scales import scale_schedule
 from varedit.testing import tiny_pipeline
+from varedit.training.updates import Average
 from varedit.transformer import VAREditTransformer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -40,7 +41,7 @@ def some_batches(first: int, num_workers: int, count: int) -> list[small_gpu.Pai
 
 
 def assert_same(one: small_gpu.PairBatch, other: small_gpu.PairBatch) -> None:
-    assert (one.schedule, one.prompts, one.asked) == (other.schedule, other.prompts, other.asked)
+    assert one.schedule == other.schedule and one.prompts == other.prompts
     assert np.array_equal(one.source, other.source) and np.array_equal(one.mask, other.mask)
 
 
@@ -128,6 +129,36 @@ def test_rates_stay_and_then_fall_and_a_run_that_is_over_goes_on(tmp_path):
     assert at(20, 10, 0.5) == 1.0  # the same moment of a longer run
 
 
+def test_worker_processes_make_the_pairs_of_one_process():
+    alone = iter(tiny_two_core_cpu.Stream(None, None, 1, 3, 5, None))
+    shared = tiny_two_core_cpu.stream(None, None, 1, 3, 5)
+    for _ in range(4):
+        one, other = next(alone), next(shared)
+        assert one.schedule == other.schedule and one.pairs[0].instruction == other.pairs[0].instruction
+        assert torch.equal(one.source_B3HW, other.source_B3HW) and torch.equal(one.target_B3HW, other.target_B3HW)
+
+
+def test_the_moving_average_follows_the_weights_and_goes_on(tmp_path):
+    def training(run: Path, steps: int) -> float:
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        average = Average(dict(model.named_parameters()), 0.3)
+        optimizers = [torch.optim.SGD(model.parameters(), 1.0)]
+        progress = tiny_two_core_cpu.Progress(run, "any", 10, model, optimizers, average)
+        for _ in range(steps):
+            model.weight.data += 1
+            progress.advance(1, {})
+        progress.save()
+        return state_of(run, "any")["average"]["weight"].item()
+
+    expected = 0.0
+    for weight, decay in enumerate((2 / 11, 3 / 12, 0.3, 0.3), 1):
+        expected += (1 - decay) * (weight - expected)
+    assert training(tmp_path / "whole", 4) == pytest.approx(expected)
+    training(tmp_path / "parts", 1)
+    assert training(tmp_path / "parts", 3) == pytest.approx(expected)
+
+
 def test_the_average_is_the_mean_of_the_editors_with_the_rest_of_the_first(tmp_path):
     one, other = tiny_pipeline(), tiny_pipeline()
     with torch.no_grad():
@@ -143,6 +174,14 @@ def test_the_average_is_the_mean_of_the_editors_with_the_rest_of_the_first(tmp_p
     first = one.image_tokenizer.state_dict()
     for name, weight in mean.image_tokenizer.state_dict().items():
         assert torch.equal(weight, first[name].bfloat16().float()), name
+
+
+def test_models_of_two_sizes_have_no_average(tmp_path):
+    for name, num_blocks in (("one", 2), ("other", 3)):
+        tiny_pipeline(num_blocks=num_blocks).save_pretrained(tmp_path / name)
+    with pytest.raises(tiny_two_core_cpu.typer.BadParameter, match="other has another size than .*one"):
+        tiny_two_core_cpu.average([tmp_path / "one", tmp_path / "other"], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
 
 
 def test_a_preset_that_does_not_exist_is_refused(tmp_path):

@@ -96,9 +96,6 @@ def test_pictures_have_the_promised_form(pairs: list[Pair]) -> None:
         assert pair.mask.dtype == bool
         assert pair.instruction == pair.instructions[0]
         assert pair.edit_type in world_module.WEIGHTS
-        assert set(pair.phrase_keys) <= set(phrases.PHRASES) and len(pair.phrase_keys) == len(pair.target_scene["edit"])
-        named = [operation.get("name", key) for operation, key in zip(pair.target_scene["edit"], pair.phrase_keys)]
-        assert named == list(pair.phrase_keys)  # an edit of the whole picture has the name of its templates
         json.dumps([pair.scene, pair.target_scene])
 
 

@@ -446,15 +446,8 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
             text_mask_BT = torch.ones(text_BTF.shape[:2], dtype=torch.bool, device=text_BTF.device)
         if drop_text_B is not None:
             text_BTF = torch.where(drop_text_B[:, None, None], self.null_text[:num_tokens], text_BTF)
-        pooled_BD, text_BTD = self.read_text(text_BTF, text_mask_BT)
-        return text_mask_BT, text_BTD, pooled_BD
-
-    def read_text(self, text_BTF: Tensor, text_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder states (B, T, F) and their mask to pooled text float32 (B, D), and what cross-attention looks up,
-        (B, T, D).
-        """
         text_BTF = self.text_norm(text_BTF)
-        return self.text_pool(text_BTF, text_mask_BT).float(), self.text_proj(text_BTF)
+        return text_mask_BT, self.text_proj(text_BTF), self.text_pool(text_BTF, text_mask_BT).float()
 
     def _embed_source(self, source_BChw: Tensor, schedule: ScaleSchedule) -> Tensor:
         """Source tokens (B, S, D). A source token gets the level embedding of the scale whose grid it lies on."""

@@ -1,9 +1,8 @@
-"""Auxiliary losses that teach a small editor what an instruction asks for, and of which part of the picture.
+"""Auxiliary losses that teach a small editor which part of the picture an instruction means.
 
 Not in the paper, whose model starts from a pretrained generator. Trained from zero, an editor finds the named object
 last: until then the bits of an edited region say little about why they are wrong. The procedural world knows what lies
-where, so the source tokens can be told directly; and it knows what is asked, so the text can be told too. The heads
-exist in training only.
+where, so the source tokens can be told directly. Both heads exist in training only.
 """
 
 from collections.abc import Sequence
@@ -14,15 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varedit.data.synthetic.grammar import name_of
-from varedit.data.synthetic.phrases import PHRASES
 from varedit.data.synthetic.scene import Item
 from varedit.scales import ScaleSchedule
 from varedit.transformer import VAREditTransformer
 
 NOTHING = -1
 TEMPERATURE = 0.07
-MEANINGS = tuple(key for key in PHRASES if key != "recolour_sprite")
-"""What a clause may ask for: the keys of its templates. A cut-out is recoloured in the same words as a shape."""
 _COVER = 0.45  # half an object's size, less its rim: tokens beyond it show mostly background
 
 
@@ -97,46 +93,6 @@ class Grounding(nn.Module):
             inside = F.adaptive_max_pool2d(mask_BHW.float()[:, None], schedule.finest).flatten(1)
             mask_loss = F.binary_cross_entropy_with_logits(self.to_mask(mask_BSD)[..., 0], inside)
         return name_loss, mask_loss
-
-
-class Meaning(nn.Module):
-    """Two linear heads on an editor's reading of the instruction: which of `MEANINGS` does it ask for?
-
-    One reads the pooled text, which modulates all blocks, one the mean of what cross-attention looks up. The bits alone
-    leave the two less orderly than the text encoder's states are: a linear probe tells wordings never trained on apart
-    less often. What that does for the edits is in docs/model_card.md: little by itself.
-
-    Args:
-        editor: gives the widths; it is not kept.
-    """
-
-    def __init__(self, editor: VAREditTransformer) -> None:
-        super().__init__()
-        self.from_pooled = nn.Linear(editor.config.width, len(MEANINGS))
-        self.from_words = nn.Linear(editor.config.width, len(MEANINGS))
-
-    def forward(
-        self, editor: VAREditTransformer, text_BTF: Tensor, mask_BT: Tensor, phrase_keys: Sequence[Sequence[str]]
-    ) -> Tensor:
-        """Cross-entropy of both heads together, mean over instructions, float32 scalar; of several clauses in one
-        instruction each has the same share.
-
-        Args:
-            text_BTF, mask_BT: encoder states, right-padded, and True where there is text.
-            phrase_keys: of each instruction, as in `Pair`.
-        """
-        wanted = torch.zeros(len(phrase_keys), len(MEANINGS))
-        for row, keys in enumerate(phrase_keys):
-            for key in keys:
-                wanted[row, MEANINGS.index(key.removesuffix("_sprite"))] += 1 / len(keys)
-        pooled_BD, words_BTD = editor.read_text(text_BTF, mask_BT)
-        with torch.autocast(text_BTF.device.type, enabled=False):
-            words_BD = (words_BTD.float() * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
-            losses = [  # normalized: where pooled text is large, a head would learn slowly
-                F.cross_entropy(head(F.rms_norm(read_BD, read_BD.shape[1:])), wanted.to(read_BD.device))
-                for head, read_BD in ((self.from_pooled, pooled_BD), (self.from_words, words_BD))
-            ]
-        return losses[0] + losses[1]
 
 
 def phrase_rows(scenes: Sequence[dict[str, Any]], grid: tuple[int, int]) -> tuple[list[str], Tensor]:

@@ -47,7 +47,6 @@ class Pair:
         mask: bool (height, width), True where the edit may change pixels; elsewhere target equals source exactly.
         instruction: The first of `instructions`, several phrasings of the same edit.
         edit_type: A key of `WEIGHTS`.
-        phrase_keys: What is asked, one key of `phrases.PHRASES` an edit; a composition has two.
         scene: The scene graph before (plain JSON values). target_scene: after, with the list "edit" of what was done.
         held_out: Which held-out parts the pair uses: "object", "combination", "phrasing", "composition".
     """
@@ -58,7 +57,6 @@ class Pair:
     instruction: str
     instructions: tuple[str, ...]
     edit_type: str
-    phrase_keys: tuple[str, ...]
     source_caption: str
     target_caption: str
     scene: dict[str, Any]
@@ -157,7 +155,6 @@ class World:
             instruction=phrasings[0],
             instructions=phrasings,
             edit_type=kind,
-            phrase_keys=tuple(edit.key for edit in edits),
             source_caption=caption(scene),
             target_caption=caption(after),
             scene=scene.graph(self.height, self.width),
