@@ -112,13 +112,10 @@ class Stream(torch.utils.data.IterableDataset):
         self.weights = weights
 
     def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
         worlds: dict[float, World] = {}
         ratios, weights = np.array(list(ASPECTS)), np.array(list(ASPECTS.values()), float)
-        number, stride = self.first, 1
-        if worker := torch.utils.data.get_worker_info():
-            number, stride = number + worker.id, worker.num_workers
-            torch.set_num_threads(1)
-            os.nice(19)  # one thread of the training held up holds up all of them: pairs take what time is left
+        number = self.first
         while True:
             ratio = float(np.random.default_rng((self.seed, number)).choice(ratios, p=weights / weights.sum()))
             if ratio not in worlds:
@@ -126,14 +123,14 @@ class Stream(torch.utils.data.IterableDataset):
                 worlds[ratio] = World(objects, photos, "train", SIZE, ratio, self.weights)
             pairs = [worlds[ratio].pair(self.seed, number * self.batch_size + i) for i in range(self.batch_size)]
             yield to_batch(pairs, scale_schedule(SIZE, ratio))
-            number += stride
+            number += 1
 
 
 def stream(
     objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int, weights: dict | None = None
 ) -> Iterator[Batch]:
     dataset = Stream(objects, photos, batch_size, seed, first, weights)
-    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, prefetch_factor=4))
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
 
 
 class Progress:

@@ -129,15 +129,6 @@ def test_rates_stay_and_then_fall_and_a_run_that_is_over_goes_on(tmp_path):
     assert at(20, 10, 0.5) == 1.0  # the same moment of a longer run
 
 
-def test_worker_processes_make_the_pairs_of_one_process():
-    alone = iter(tiny_two_core_cpu.Stream(None, None, 1, 3, 5, None))
-    shared = tiny_two_core_cpu.stream(None, None, 1, 3, 5)
-    for _ in range(4):
-        one, other = next(alone), next(shared)
-        assert one.schedule == other.schedule and one.pairs[0].instruction == other.pairs[0].instruction
-        assert torch.equal(one.source_B3HW, other.source_B3HW) and torch.equal(one.target_B3HW, other.target_B3HW)
-
-
 def test_the_moving_average_follows_the_weights_and_goes_on(tmp_path):
     def training(run: Path, steps: int) -> float:
         model = torch.nn.Linear(1, 1, bias=False)
