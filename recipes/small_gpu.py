@@ -8,7 +8,7 @@ The same config family as tiny_two_core_cpu.py: `--preset cpu` is its model, tra
 a scaled-down one that shows in a minute whether everything works. A call trains for `--minutes`, saves, and ends; the
 next one goes on exactly: rates are a function of the step, and pairs, flips and dropouts of (seed, step). Pairs are
 made by worker processes on the fly, so no pair is seen twice and nothing is cached. Checkpoints stay in RUN (about
-300 MB); `export --shard 15MB --no-text-encoder` writes the model in small files, `assemble` puts the frozen text
+400 MB); `export --shard 15MB --no-text-encoder` writes the model in small files, `assemble` puts the frozen text
 encoder back. Its matrices are stored in float8, so that the whole stays under 100 MB; the editor is trained with them
 rounded so. Not run on a GPU yet: the numbers of steps are estimates; the log says what is left at the speed found.
 """

