@@ -75,7 +75,7 @@ EDITS = {
 last."""
 NAME_WEIGHT, MASK_WEIGHT = 0.05, 0.2
 AVERAGE_DECAY = 0.995
-"""Of the moving average of the editor's weights, per step: it spans the last 200 steps, and is what is exported."""
+"""Of the moving average of the editor's weights, per step: about the last 200 steps count. It is what is exported."""
 
 Run = Annotated[Path, typer.Option(help="Folder of this run: checkpoints and logs.")]
 Folder = Annotated[Path | None, typer.Option()]
