@@ -11,7 +11,7 @@ import torch
 
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 from varedit.scales import scale_schedule
-from varedit.testing import tiny_pipeline
+from varedit.testing import tiny_pipeline, tiny_transformer
 from varedit.training.updates import Average
 from varedit.transformer import VAREditTransformer
 
@@ -148,6 +148,14 @@ def test_the_moving_average_follows_the_weights_and_goes_on(tmp_path):
     assert training(tmp_path / "whole", 4) == pytest.approx(expected)
     training(tmp_path / "parts", 1)
     assert training(tmp_path / "parts", 3) == pytest.approx(expected)
+
+
+def test_the_moving_average_is_what_is_exported(tmp_path):
+    own, averaged, empty = tiny_transformer(0), tiny_transformer(1), tiny_transformer(2)
+    torch.save({"model": own.state_dict(), "average": averaged.state_dict()}, tmp_path / "editor.pt")
+    loaded = small_gpu.load_part(tmp_path, "editor", empty).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in averaged.state_dict().items())
+    assert not torch.equal(loaded["head.weight"], own.state_dict()["head.weight"])
 
 
 def test_the_average_is_the_mean_of_the_editors_with_the_rest_of_the_first(tmp_path):
