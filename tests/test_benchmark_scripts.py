@@ -21,9 +21,11 @@ from varedit.image_processor import to_pil
 from varedit.quantizer import decode_bits, encode_bits
 from varedit.scales import scale_schedule
 from varedit.testing import tiny_pipeline
+from varedit.training.objective import objective
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+import bit_loss  # noqa: E402
 import gallery  # noqa: E402
 import image_tokenizer as image_tokenizer_script  # noqa: E402
 import paraphrases  # noqa: E402
@@ -93,6 +95,47 @@ def test_indices_are_a_function_of_the_stream(held_out):
     first = list(islice(held_out.judgeable(), 8))
     assert list(islice(held_out.judgeable(first[3]), 5)) == first[3:]
     assert len(first) == len(set(first))
+
+
+# -- the loss on fixed pairs
+
+
+def test_the_loss_of_every_pair_is_its_own():
+    pipeline, world = tiny_pipeline(), World(size=128)
+    pairs = [world.pair(5, index) for index in range(3)]
+    together = bit_loss.losses(pipeline, [pairs], 4.0)
+    assert together == pytest.approx(bit_loss.losses(pipeline, [[pair] for pair in pairs], 4.0), abs=1e-5)
+    part = bit_loss.encode(pipeline, pairs, 4.0)
+    logits = pipeline.transformer(
+        part.schedule, part.forced.inputs_BLC, source_BChw=part.source_BChw,
+        text_BTF=part.text[0], text_mask_BT=part.text[1],
+    )  # fmt: skip
+    of_training = objective(logits, part.forced.bits_BLC, part.schedule, part.weights_BL).item()
+    assert np.mean(together) == pytest.approx(of_training, abs=1e-5) and np.ptp(together) > 1e-3
+
+
+def test_losses_are_compared_with_the_first_model(tmp_path):
+    pipeline = tiny_pipeline()
+    for name in ("one", "other"):
+        pipeline.save_pretrained(tmp_path / name)
+        torch.nn.init.zeros_(pipeline.transformer.head.weight)
+        torch.nn.init.zeros_(pipeline.transformer.head.bias)
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    bit_loss.main([one, one, other], number=4, output=tmp_path / "page.md")
+    (last,) = (line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| all |"))
+    _, _, pairs, first, same, even, _ = (cell.strip() for cell in last.split("|"))
+    assert pairs == "4" and same == f"{first} (+0.0000; +0.0000 to +0.0000)"
+    assert even.startswith("0.6931 ("), "log 2 a bit: neither value is likelier"
+
+
+def test_losses_of_two_image_tokenizers_do_not_compare(tmp_path):
+    for name in ("one", "other"):
+        pipeline = tiny_pipeline()
+        if name == "other":
+            torch.nn.init.zeros_(next(pipeline.image_tokenizer.parameters()))
+        pipeline.save_pretrained(tmp_path / name)
+    with pytest.raises(bit_loss.typer.BadParameter, match="other has other bits than .*one"):
+        bit_loss.main([str(tmp_path / "one"), str(tmp_path / "other")], number=4)
 
 
 # -- paraphrases

@@ -150,6 +150,21 @@ def test_the_moving_average_follows_the_weights_and_goes_on(tmp_path):
     assert training(tmp_path / "parts", 3) == pytest.approx(expected)
 
 
+def test_a_run_of_another_model_or_recipe_is_not_gone_on_with(tmp_path):
+    def progress(size: int, averaged: bool) -> tiny_two_core_cpu.Progress:
+        model = torch.nn.Linear(size, size)
+        average = Average(dict(model.named_parameters()), 0.9) if averaged else None
+        return tiny_two_core_cpu.Progress(tmp_path, "any", 10, model, [torch.optim.SGD(model.parameters())], average)
+
+    progress(2, True).save()
+    kept = (tmp_path / "any.pt").read_bytes()
+    for size, averaged in ((3, True), (2, False)):
+        with pytest.raises(tiny_two_core_cpu.typer.BadParameter, match="any.pt is of another model or recipe; take"):
+            progress(size, averaged)
+    assert (tmp_path / "any.pt").read_bytes() == kept
+    progress(2, True)
+
+
 def test_the_moving_average_is_what_is_exported(tmp_path):
     own, averaged, empty = tiny_transformer(0), tiny_transformer(1), tiny_transformer(2)
     torch.save({"model": own.state_dict(), "average": averaged.state_dict()}, tmp_path / "editor.pt")
