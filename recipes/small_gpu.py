@@ -35,12 +35,12 @@ from tiny_two_core_cpu import (
     SIZE,
     TOKENIZER,
     Folder,
-    Progress,
     Run,
     laplacian_loss,
     wording,
 )
 from torch import Tensor, nn
+from wall_clock import Progress
 
 from varedit.data.features import load_text_encoder
 from varedit.data.synthetic import World

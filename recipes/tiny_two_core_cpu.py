@@ -16,11 +16,8 @@ one first undoes what was learned), and makes a shallower editor deeper; the shi
 `--objects` and `--photos` are folders of cut-outs and photographs; without them the world draws its own.
 """
 
-import json
 import logging
-import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +29,7 @@ import torch.nn.functional as F
 import typer
 from PIL import Image
 from torch import Tensor
+from wall_clock import Progress
 
 from varedit.data.synthetic import Pair, World
 from varedit.image_processor import to_pil
@@ -49,7 +47,6 @@ from varedit.training.optimizer import muon_and_adamw
 from varedit.training.updates import Average
 from varedit.transformer import VAREditTransformer
 
-logger = logging.getLogger("recipe")
 app = typer.Typer(add_completion=False, help=__doc__)
 
 SIZE = 128
@@ -135,71 +132,6 @@ def stream(
 ) -> Iterator[Batch]:
     dataset = Stream(objects, photos, batch_size, seed, first, weights)
     return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
-
-
-class Progress:
-    """Wall-clock schedule, checkpoints and log of one training; `average` follows the weights if there is one."""
-
-    def __init__(
-        self, run: Path, name: str, minutes: float, model: torch.nn.Module, optimizers: list,
-        average: Average | None = None,
-    ) -> None:  # fmt: skip
-        run.mkdir(parents=True, exist_ok=True)
-        self.path, self.log = run / f"{name}.pt", run / f"{name}.jsonl"
-        self.model, self.optimizers, self.average, self.budget = model, optimizers, average, minutes * 60
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        self.step, self.elapsed, self.samples = 0, 0.0, 0
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
-            shapes = {key: weight.shape for key, weight in model.state_dict().items()}
-            same = {key: weight.shape for key, weight in state["model"].items()} == shapes
-            if not same or (average is not None) != ("average" in state):
-                raise typer.BadParameter(f"{self.path} is of another model or recipe; take another folder as --run")
-            model.load_state_dict(state["model"])
-            for optimizer, saved in zip(optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            if average:
-                for parameter, saved in state["average"].items():
-                    average.values[parameter].copy_(saved)
-            self.step, self.elapsed, self.samples = state["step"], state["elapsed"], state["samples"]
-        self.started = time.monotonic() - self.elapsed
-        self.saved = self.elapsed
-
-    @property
-    def done(self) -> bool:
-        return self.elapsed >= self.budget
-
-    def rates(self, warm_up: int, decay: float = 0.4) -> None:
-        """Constant, then linear to 2 % over the last `decay` of the time; linear warm-up."""
-        left = 1 - min(self.elapsed / self.budget, 1.0)
-        factor = min(1.0, (self.step + 1) / warm_up) * min(1.0, 0.02 + 0.98 * left / decay)
-        for optimizer, peaks in zip(self.optimizers, self.peaks):
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * factor
-
-    def advance(self, num_samples: int, metrics: dict) -> None:
-        self.step, self.samples = self.step + 1, self.samples + num_samples
-        self.elapsed = time.monotonic() - self.started
-        if self.average:
-            self.average.update(self.step)
-        if self.step % 20 == 0:
-            row = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "samples": self.samples, **metrics}
-            with self.log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            logger.info("%s", row)
-        if self.elapsed - self.saved > 120 or self.done:
-            self.save()
-
-    def save(self) -> None:
-        state = {
-            "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step, "elapsed": self.elapsed, "samples": self.samples,
-        }  # fmt: skip
-        if self.average:
-            state["average"] = self.average.values
-        torch.save(state, self.path.with_suffix(".tmp"))
-        os.replace(self.path.with_suffix(".tmp"), self.path)
-        self.saved = self.elapsed
 
 
 def laplacian_loss(predicted: Tensor, target: Tensor, num_levels: int = 4) -> Tensor:
@@ -312,6 +244,8 @@ def editor(
     run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, start: Start = None,
     batch_size: int = 32, seed: int = 1, edit_weight: float = 4.0, muon_lr: float = 0.015,
     decay: Annotated[float, typer.Option(min=0.01, max=1)] = 0.4,
+    new_block: Annotated[list[int] | None, typer.Option(help="A block that learns faster; may be repeated.")] = None,
+    new_block_factor: Annotated[float, typer.Option(help="How much faster.")] = 4.0,
 ) -> None:  # fmt: skip
     """Train the editor on the frozen tokenizer's features and the frozen text encoder's states.
 
@@ -330,7 +264,8 @@ def editor(
     image_tokenizer = load_tokenizer(run).to(memory_format=torch.channels_last)
     parts = torch.nn.ModuleDict({"transformer": model, "grounding": Grounding(model, *GROUNDING_BLOCKS)}).train()
     text = TextCache(EDITOR["max_text_tokens"])
-    optimizers = muon_and_adamw(parts, muon_lr=muon_lr, adamw_lr=muon_lr / 10, prefix="transformer.blocks.")
+    factors = {f"transformer.blocks.{block}.": new_block_factor for block in new_block or []}
+    optimizers = muon_and_adamw(parts, muon_lr, muon_lr / 10, prefix="transformer.blocks.", factors=factors)
     average = Average(dict(model.named_parameters()), AVERAGE_DECAY)
     progress = Progress(run, "editor", minutes, parts, optimizers, average)
     patch_size = TOKENIZER["patch_size"]

@@ -127,3 +127,17 @@ def test_frozen_parameters_have_no_optimizer():
     optimizers = muon_and_adamw(model, muon_lr=0.02, adamw_lr=1e-3)
     owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(parameter) for parameter in model.blocks[0].parameters())
+
+
+def test_parts_named_learn_at_their_own_rate():
+    model = tiny_transformer(num_blocks=3)
+    plain = muon_and_adamw(model, 0.1, 0.01, prefix="blocks.")
+    factors = {"blocks.1.": 4.0}
+    for optimizer, before, rate in zip(
+        muon_and_adamw(model, 0.1, 0.01, prefix="blocks.", factors=factors), plain, (0.1, 0.01)
+    ):
+        rates = {id(p): group["lr"] / rate for group in optimizer.param_groups for p in group["params"]}
+        inside = {id(p) for p in model.blocks[1].parameters()}
+        assert rates.keys() == {id(p) for group in before.param_groups for p in group["params"]}
+        assert all(factor == pytest.approx(4.0 if one in inside else 1.0) for one, factor in rates.items())
+        assert inside & rates.keys() and rates.keys() - inside

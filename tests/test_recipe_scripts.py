@@ -21,6 +21,7 @@ import ablation_report  # noqa: E402
 import ablation_tiny  # noqa: E402
 import small_gpu  # noqa: E402
 import tiny_two_core_cpu  # noqa: E402
+import wall_clock  # noqa: E402
 
 needs_model = pytest.mark.skipif(not (DEFAULT_MODEL / "model_index.json").exists(), reason="needs the default model")
 
@@ -119,7 +120,7 @@ def test_rates_stay_and_then_fall_and_a_run_that_is_over_goes_on(tmp_path):
     def at(minutes: float, elapsed: float, decay: float, step: int = 100) -> float:
         model = torch.nn.Linear(2, 2)
         optimizers = [torch.optim.SGD(model.parameters(), 1.0)]
-        progress = tiny_two_core_cpu.Progress(tmp_path, "any", minutes, model, optimizers)
+        progress = wall_clock.Progress(tmp_path, "any", minutes, model, optimizers)
         progress.elapsed, progress.step = elapsed * 60, step
         progress.rates(warm_up=10, decay=decay)
         return progress.optimizers[0].param_groups[0]["lr"]
@@ -135,7 +136,7 @@ def test_the_moving_average_follows_the_weights_and_goes_on(tmp_path):
         torch.nn.init.zeros_(model.weight)
         average = Average(dict(model.named_parameters()), 0.3)
         optimizers = [torch.optim.SGD(model.parameters(), 1.0)]
-        progress = tiny_two_core_cpu.Progress(run, "any", 10, model, optimizers, average)
+        progress = wall_clock.Progress(run, "any", 10, model, optimizers, average)
         for _ in range(steps):
             model.weight.data += 1
             progress.advance(1, {})
@@ -151,15 +152,15 @@ def test_the_moving_average_follows_the_weights_and_goes_on(tmp_path):
 
 
 def test_a_run_of_another_model_or_recipe_is_not_gone_on_with(tmp_path):
-    def progress(size: int, averaged: bool) -> tiny_two_core_cpu.Progress:
+    def progress(size: int, averaged: bool) -> wall_clock.Progress:
         model = torch.nn.Linear(size, size)
         average = Average(dict(model.named_parameters()), 0.9) if averaged else None
-        return tiny_two_core_cpu.Progress(tmp_path, "any", 10, model, [torch.optim.SGD(model.parameters())], average)
+        return wall_clock.Progress(tmp_path, "any", 10, model, [torch.optim.SGD(model.parameters())], average)
 
     progress(2, True).save()
     kept = (tmp_path / "any.pt").read_bytes()
     for size, averaged in ((3, True), (2, False)):
-        with pytest.raises(tiny_two_core_cpu.typer.BadParameter, match="any.pt is of another model or recipe; take"):
+        with pytest.raises(wall_clock.typer.BadParameter, match="any.pt is of another model or recipe; take"):
             progress(size, averaged)
     assert (tmp_path / "any.pt").read_bytes() == kept
     progress(2, True)

@@ -1,6 +1,7 @@
 """Optimizers: Muon for matrices and convolutions beside AdamW for the rest, or AdamW alone (the paper's)."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon takes two-dimensional parameters only, and the image tokenizer is all convolutions.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(self, parameters: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -53,18 +54,32 @@ class Muon(torch.optim.Optimizer):
 
 
 def muon_and_adamw(
-    model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float = 0.01, prefix: str = ""
+    model: nn.Module,
+    muon_lr: float,
+    adamw_lr: float,
+    weight_decay: float = 0.01,
+    prefix: str = "",
+    factors: Mapping[str, float] | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Muon on matrices and convolutions with more than 16 channels on each side whose name starts with `prefix`,
     AdamW on everything else.
+
+    Args:
+        factors: beginning of a parameter's name -> what its learning rate is multiplied by. Parts that begin at zero
+            in a trained model need a rate at which the others would unlearn.
     """
-    matrices, others = [], []
+    matrices, others = defaultdict(list), defaultdict(list)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_matrix = name.startswith(prefix) and parameter.ndim >= 2 and min(parameter.shape[:2]) > 16
-        (matrices if is_matrix else others).append(parameter)
+        factor = next((value for start, value in (factors or {}).items() if name.startswith(start)), 1.0)
+        (matrices if is_matrix else others)[factor].append(parameter)
+    groups = [
+        [{"params": parameters, "lr": lr * factor} for factor, parameters in of_factor.items()]
+        for of_factor, lr in ((matrices, muon_lr), (others, adamw_lr))
+    ]
     return [
-        Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
-        torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        Muon(groups[0], lr=muon_lr, weight_decay=weight_decay),
+        torch.optim.AdamW(groups[1], lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
