@@ -17,6 +17,7 @@ import skimage.data
 import torch
 import typer
 from PIL import Image
+from results_page import publish
 
 from varedit.editing.edit import EditRequest, EditResult, apply_edit, apply_edits
 from varedit.editing.mask import box_mask
@@ -114,10 +115,7 @@ def main(
         f"Model {identify(pipeline).sha256[:12]}, {precision}, device {device}, {platform.machine()}, PyTorch "
         f"{torch.__version__}; {alone} thread(s) alone.",
     ]
-    print("\n".join(lines))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("\n".join(lines) + "\n")
+    publish(lines, output)
     if (counts[alone].bits[1] or counts[alone].pixels[1]) and device == "cpu" and precision == "float32":
         raise SystemExit("batches differ from single edits")
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from results_page import publish
 
 SIZE = (6000, 4000)
 SMALL = (600, 400)
@@ -126,10 +127,7 @@ def main(
         f"{os.getloadavg()[2]:.1f}, PyTorch {torch.__version__}. With one thread, processor seconds are about what an "
         "idle machine takes.",
     ]
-    print("\n".join(lines))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("\n".join(lines) + "\n")
+    publish(lines, output)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image, ImageDraw
+from results_page import publish
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
@@ -457,9 +458,7 @@ def main(
         *confusion_table(rows),
         *global_table(rows),
     ]
-    typer.echo("\n".join(lines))
-    if output:
-        output.write_text("\n".join(lines))
+    publish(lines, output)
 
 
 if __name__ == "__main__":

