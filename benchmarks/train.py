@@ -45,7 +45,7 @@ from varedit.transformer import VAREditTransformer, attention_mask
 NUM_TEXT_TOKENS = 12
 _SMALL = {"num_bits": 56, "text_features": 384, "num_text_heads": 4, "max_text_tokens": 64, "num_levels": 13}
 MODELS: dict[str, dict] = {
-    "tiny": {"width": 256, "num_blocks": 6, "num_heads": 4, **_SMALL},  # the default model
+    "tiny": {"width": 256, "num_blocks": 6, "num_heads": 4, **_SMALL},  # the default model before it was made deeper
     "30m": {"width": 512, "num_blocks": 6, "num_heads": 8, **_SMALL},
     "125m": {"width": 768, "num_blocks": 12, "num_heads": 12, **_SMALL},
     "2b": dict(PRESETS["infinity-2b"].transformer),
