@@ -94,9 +94,10 @@ def main(
 ) -> None:
     pipelines = [load_pipeline(None if model == "default" else model, "cpu", torch.float32) for model in models]
     first = pipelines[0]
+    ours = first.image_tokenizer.state_dict()
     for model, pipeline in zip(models, pipelines):
         theirs = pipeline.image_tokenizer.state_dict()
-        if not all(torch.equal(weight, theirs[name]) for name, weight in first.image_tokenizer.state_dict().items()):
+        if theirs.keys() != ours.keys() or not all(torch.equal(theirs[name], ours[name]) for name in ours):
             raise typer.BadParameter(f"{model} has other bits than {models[0]}: give models of one image tokenizer")
     groups, index = [], count()
     for ratio, share in ASPECTS.items():

@@ -229,6 +229,17 @@ def names_of(batch: Batch, text: TextCache) -> tuple[Tensor, Tensor]:
     return name_BS, phrase_embeddings([text_TF[mask_T] for text_TF, mask_T in zip(text_BTF, mask_BT)])
 
 
+def grown(model: VAREditTransformer, name: str) -> VAREditTransformer:
+    """An editor of this recipe that goes on from a model of the same kind, made deeper if it is shallower."""
+    other = [key for key, value in EDITOR.items() if key != "num_blocks" and model.config[key] != value]
+    if other or model.config.num_blocks > EDITOR["num_blocks"]:
+        key = (other or ["num_blocks"])[0]
+        raise typer.BadParameter(
+            f"--start {name}: {key} is {model.config[key]}, this recipe's is {EDITOR[key]}; give one of its own models"
+        )
+    return deepen(model, EDITOR["num_blocks"])
+
+
 @app.command()
 def editor(
     run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, start: Start = None,
@@ -242,10 +253,13 @@ def editor(
     The learning rate falls over the last `decay` of the minutes. A run that is over goes on with more --minutes.
     """
     torch.manual_seed(seed)
+    wrong = sorted(set(new_block or []) - set(range(EDITOR["num_blocks"])))
+    if wrong:
+        raise typer.BadParameter(f"--new-block {wrong[0]}: the editor has the blocks 0 to {EDITOR['num_blocks'] - 1}")
     model = VAREditTransformer(**EDITOR)
     if start:
         pipeline = load_pipeline(str(start), dtype=torch.float32)
-        model = deepen(pipeline.transformer, EDITOR["num_blocks"])
+        model = grown(pipeline.transformer, str(start))
         if not (run / "tokenizer.pt").exists():  # `export` and `evaluate` take it from there
             run.mkdir(parents=True, exist_ok=True)
             torch.save({"model": pipeline.image_tokenizer.state_dict()}, run / "tokenizer.pt")

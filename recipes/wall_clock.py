@@ -81,5 +81,5 @@ class Progress:
 def outline(state: dict) -> tuple:
     """What two checkpoints have in common if one training can load both."""
     shapes = {name: weight.shape for name, weight in state["model"].items()}
-    groups = [[len(group["params"]) for group in optimizer["param_groups"]] for optimizer in state["optimizers"]]
+    groups = [[group.get("param_names") for group in one["param_groups"]] for one in state["optimizers"]]
     return shapes, groups, state.keys()

@@ -153,18 +153,24 @@ def test_the_moving_average_follows_the_weights_and_goes_on(tmp_path):
 
 
 def test_a_run_of_another_model_or_recipe_is_not_gone_on_with(tmp_path):
-    def progress(size: int, averaged: bool) -> wall_clock.Progress:
-        model = torch.nn.Linear(size, size)
+    def progress(size: int = 2, averaged: bool = True, faster: str = "0.") -> wall_clock.Progress:
+        model = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.Linear(size, size))
         average = Average(dict(model.named_parameters()), 0.9) if averaged else None
-        return wall_clock.Progress(tmp_path, "any", 10, model, [torch.optim.SGD(model.parameters())], average)
+        optimizer = torch.optim.SGD(
+            [
+                {"params": [(n, p) for n, p in model.named_parameters() if n.startswith(faster) == fast]}
+                for fast in (0, 1)
+            ]
+        )
+        return wall_clock.Progress(tmp_path, "any", 10, model, [optimizer], average)
 
-    progress(2, True).save()
+    progress().save()
     kept = (tmp_path / "any.pt").read_bytes()
-    for size, averaged in ((3, True), (2, False)):
+    for other in ({"size": 3}, {"averaged": False}, {"faster": "1."}):
         with pytest.raises(wall_clock.typer.BadParameter, match="any.pt is of another model or recipe; take"):
-            progress(size, averaged)
+            progress(**other)
     assert (tmp_path / "any.pt").read_bytes() == kept
-    progress(2, True)
+    progress()
 
 
 def test_the_moving_average_is_what_is_exported(tmp_path):
@@ -173,6 +179,23 @@ def test_the_moving_average_is_what_is_exported(tmp_path):
     loaded = small_gpu.load_part(tmp_path, "editor", empty).state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in averaged.state_dict().items())
     assert not torch.equal(loaded["head.weight"], own.state_dict()["head.weight"])
+
+
+def test_an_editor_goes_on_from_a_shallower_one_of_its_kind_only():
+    editor = tiny_two_core_cpu.EDITOR
+    shallower = VAREditTransformer(**editor | {"num_blocks": 2}).eval()
+    deeper = tiny_two_core_cpu.grown(shallower, "any")
+    assert deeper.config.num_blocks == editor["num_blocks"] and all(p.requires_grad for p in deeper.parameters())
+    for key, value in (("num_levels", 4), ("num_blocks", editor["num_blocks"] + 1)):
+        other = VAREditTransformer(**editor | {"num_blocks": 1, key: value})
+        with pytest.raises(tiny_two_core_cpu.typer.BadParameter, match=f"--start any: {key} is {value}, this recipe's"):
+            tiny_two_core_cpu.grown(other, "any")
+
+
+def test_a_new_block_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(tiny_two_core_cpu.typer.BadParameter, match="--new-block 9: the editor has the blocks 0 to 8"):
+        tiny_two_core_cpu.editor(tmp_path / "run", new_block=[2, 9])
+    assert not (tmp_path / "run").exists()
 
 
 @needs_model

@@ -74,9 +74,9 @@ def muon_and_adamw(
             continue
         is_matrix = name.startswith(prefix) and parameter.ndim >= 2 and min(parameter.shape[:2]) > 16
         factor = next((value for start, value in (factors or {}).items() if name.startswith(start)), 1.0)
-        (matrices if is_matrix else others)[factor].append(parameter)
+        (matrices if is_matrix else others)[factor].append((name, parameter))
     groups = [
-        [{"params": parameters, "lr": lr * factor} for factor, parameters in of_factor.items()]
+        [{"params": named, "lr": lr * factor} for factor, named in of_factor.items()]
         for of_factor, lr in ((matrices, muon_lr), (others, adamw_lr))
     ]
     return [
