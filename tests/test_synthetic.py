@@ -288,6 +288,22 @@ def test_training_decides_what_an_added_objects_instruction_leaves_open(folders:
     assert len({(item.name, item.file) for item in added}) == len({item.name for item in added})
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_material_edit_asks_for_nothing_hidden(folders: tuple[Path, Path], split: str) -> None:
+    """What colour a wooden cube has as glass, or what a metal one becomes with spots, no picture shows."""
+    world = World(*folders, split, 128, weights={"material": 1})
+    edits = [world.pair(3, index).target_scene["edit"][0] for index in range(40)]
+    assert {edit["from"] for edit in edits} >= {"matte", "metal"} and "wood" not in {edit["from"] for edit in edits}
+    assert {edit["from"] for edit in edits if edit["to"] in ("striped", "spotted")} == {"matte"}
+
+
+def test_joined_clauses_speak_of_their_own_edit_only(folders: tuple[Path, Path]) -> None:
+    world = World(*folders, "train", 128, weights={"composition": 1})
+    for index in range(60):
+        for text in world.pair(4, index).instructions:
+            assert not re.search(r"\b(it|the rest|everything else|nothing else)\b", text), text
+
+
 def test_further_phrasings_are_for_training_alone(folders: tuple[Path, Path]) -> None:
     def said(split: str, further: dict[str, tuple[str, ...]]) -> list[str]:
         with pytest.MonkeyPatch.context() as patch:

@@ -191,15 +191,16 @@ def background(stage: Stage, scene: Scene) -> Edit | None:
     pixels = stage.renderer.background(spec)
     if not all(stage.renderer.visible(item, pixels) for item in scene.items):
         return None
-    key, slots = _background_words(spec, "the objects" if len(scene.items) > 1 else "the object")
+    key, slots = _background_words(spec, len(scene.items))
     operation = {"op": "background", "to": backgrounds.describe(spec)}
     return Edit(replace(scene, background=spec), key, slots, operation, None)
 
 
-def _background_words(spec: dict[str, Any], objects: str) -> tuple[str, dict[str, str]]:
+def _background_words(spec: dict[str, Any], num_objects: int) -> tuple[str, dict[str, str]]:
     """Template key and slots for a background: a colour, a pattern or a landscape."""
+    objects = {"objects": "the objects" if num_objects > 1 else "the object"} if num_objects else {}
     if spec["kind"] == "plain":
-        return "background_plain", {"colour": spec["colours"][0], "objects": objects}
+        return "background_plain", {"colour": spec["colours"][0], **objects}
     if spec["kind"] == "pattern":
         colours = " and ".join(spec["colours"])
         adjectives = {
@@ -212,11 +213,11 @@ def _background_words(spec: dict[str, Any], objects: str) -> tuple[str, dict[str
         return "background", {
             "back": back,
             "back_adj": f"{adjectives[spec['name']]} in {colours}",
-            "objects": objects,
+            **objects,
         }
     nouns = {"sea": "the sea", "mountains": "mountains"}
     back = nouns.get(spec["name"]) or vocabulary.with_article(spec["name"])
-    return "background", {"back": back, "objects": objects}
+    return "background", {"back": back, **objects}
 
 
 def move(stage: Stage, scene: Scene) -> Edit | None:
@@ -305,20 +306,27 @@ def turn(stage: Stage, scene: Scene) -> Edit | None:
     return Edit(target, way, slots, {"op": "rotate", "object": index, "way": way}, (old, new))
 
 
+PATTERNS = ("striped", "spotted")
+
+
 def material(stage: Stage, scene: Scene) -> Edit | None:
-    """Give a solid another material or pattern."""
-    picked = stage.pick(scene, lambda item: item.kind == "primitive")
+    """Give a solid another material or, if it is plain, a pattern.
+
+    Never a wooden one: what colour it has as glass nobody could say.
+    """
+    picked = stage.pick(scene, lambda item: item.kind == "primitive" and item.material != "wood")
     if picked is None:
         return None
     index, ref = picked
     old = scene.items[index]
-    new_material = stage.rng.choice([m for m in MATERIALS if m not in ("matte", old.material)])
+    wanted = MATERIALS if old.material == "matte" else [m for m in MATERIALS if m not in PATTERNS]
+    new_material = stage.rng.choice([m for m in wanted if m not in ("matte", old.material)])
     new = replace(old, material=new_material)
     target = scene.swap(index, new)
     if not stage.fits(target, index):
         return None
     stuff, adjective = STUFF[new_material]
-    key = "pattern" if new_material in ("striped", "spotted") else "material"
+    key = "pattern" if new_material in PATTERNS else "material"
     operation = {"op": "material", "object": index, "from": old.material, "to": new_material}
     return Edit(target, key, {"ref": ref, "stuff": stuff, "stuff_adj": adjective}, operation, (old, new))
 

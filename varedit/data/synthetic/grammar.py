@@ -23,6 +23,8 @@ STATEMENTS = (
     "nobody ", "not ", "nothing ", "one ", "only ", "our ", "same ", "she ", "so ", "some ", "that ", "this ", "too ",
     "very ", "wanna ", "way ", "we ", "with ", "without ",
 )  # fmt: skip
+# Clauses that speak of more than their own edit, or of what the one before it named.
+_BEYOND = re.compile(r"\b(it|its|rest|everything|nothing|unchanged|untouched|alone|same|anything)\b")
 _SPACES = re.compile(r"\s+")
 
 
@@ -53,13 +55,19 @@ def clause(
         joined: one that reads well beside another.
         more: draw from `more_phrases` as well.
     """
-    filled = {"pic": PHOTO if photo else PIC, "kind": PHOTO_KIND if photo else KIND, **slots}
+    picture = PHOTO if photo else PIC
+    if joined:  # "paint the ball red and blur it" would blur the ball
+        picture = picture.replace("|it|", "|")
+    filled = {"pic": picture, "kind": PHOTO_KIND if photo else KIND, **slots}
     templates = PHRASES[key][1 if held_out else 0]
     if more:
         templates += more_phrases()[key]
     usable = [t for t in templates if all(name in filled for name in re.findall(r"{(\w+)}", t))]
     if joined:
-        usable = [t for t in usable if " " in t and "?" not in t and not t.startswith(NOT_JOINED)] or usable
+        usable = [
+            t for t in usable
+            if " " in t and "?" not in t and not t.startswith(NOT_JOINED) and not _BEYOND.search(t)
+        ] or usable  # fmt: skip
     return expand(rng, rng.choice(usable), filled)
 
 
@@ -148,11 +156,7 @@ def name_of(item: Item) -> str:
     if item.kind == "sprite":
         return f"{item.colour} {item.name}" if item.colour else item.name
     adjective = _adjective(item)
-    if (
-        item.kind == "primitive"
-        and item.material in ("metal", "glass", "striped", "spotted")
-        and item.material != "metal"
-    ):
+    if item.kind == "primitive" and item.material in ("glass", "striped", "spotted"):
         return f"{adjective} {item.colour} {item.name}"
     return f"{adjective} {item.name}" if adjective else item.name
 

@@ -117,7 +117,8 @@ class Stage:
         that predicts many bits at once, each by itself, then draws a mixture of all of them: a blur.
         """
         file = self.renderer.sprites.by_name[item.name][-1].key if item.kind == "sprite" else None
-        return replace(item, size=TYPICAL_SIZE, shade=0, flip=False, file=file)
+        colour = "grey" if item.material == "metal" else item.colour  # "a metal ball" names no tint
+        return replace(item, size=TYPICAL_SIZE, shade=0, flip=False, file=file, colour=colour)
 
     def sign(self) -> Item:
         """A board with a word, without a place."""
