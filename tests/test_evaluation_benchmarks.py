@@ -148,6 +148,13 @@ def test_pie_mask_refuses_what_is_no_mask(runs):
         decode_mask(runs, (5, 5))
 
 
+def cut_out(left):
+    """A mask as MagicBrush has them: the picture with a hole in its left or right half, here of twice the size."""
+    image = Image.new("RGBA", (48, 32), "white")
+    image.paste((255, 255, 255, 0), (0, 0, 24, 32) if left else (24, 0, 48, 32))
+    return image
+
+
 def write_magicbrush(folder):
     for name, values in {"139": (10, 20, 30), "30": (40, 50)}.items():
         path = folder / "images" / name
@@ -155,7 +162,7 @@ def write_magicbrush(folder):
         colour(values[0]).save(path / f"{name}-input.png")
         for turn, value in enumerate(values[1:], 1):
             colour(value).save(path / f"{name}-output{turn}.png")
-            Image.new("L", (24, 16), 255 * (turn == 1)).convert("RGB").save(path / f"{name}-mask{turn}.png")
+            cut_out(turn == 1).save(path / f"{name}-mask{turn}.png")
     turn = {"input": "139-input.png", "mask": "139-mask1.png", "output": "139-output1.png", "instruction": "first"}
     second = {"input": "139-output1.png", "mask": "139-mask2.png", "output": "139-output2.png", "instruction": "second"}
     single = {"input": "30-input.png", "mask": "30-mask1.png", "output": "30-output1.png", "instruction": "only"}
@@ -172,7 +179,8 @@ def test_magicbrush_single_turn(tmp_path):
     second = found.cases[1]
     assert read_picture(second.source)[0, 0, 0] == 20 and read_picture(second.target)[0, 0, 0] == 30
     assert second.target_caption == "two" and second.extra["file"] == "139/139_inde_2.png"
-    assert read_mask(found.cases[0].mask, (16, 24)).all() and not read_mask(second.mask, (16, 24)).any()
+    masks = [read_mask(case.mask, (16, 24)) for case in found.cases[:2]]
+    assert masks[0][:, :12].all() and not masks[0][:, 12:].any() and (masks[1] == ~masks[0]).all()
     assert "clip_out" in found.metrics and "drift" not in found.metrics
 
 

@@ -77,7 +77,8 @@ def test_endpoint(monkeypatch):
     ("answer", "message"),
     [((429, "too many"), "429: too many"), ((200, "{}"), "no picture"),
      ((200, '{"data":[{"b64_json":"AAAA"}]}'), "no picture"),
-     ((200, '{"data":[{"url":"file:///etc/passwd"}]}'), "no picture")],
+     ((200, '{"data":[{"url":"file:///etc/passwd"}]}'), "no picture"),
+     ((200, '{"data":[{"url":"http://a picture/1"}]}'), "did not answer: InvalidURL")],
 )  # fmt: skip
 def test_endpoint_that_fails_is_named(answer, message):
     with Endpoint(answer) as endpoint, pytest.raises(EditFailed, match=message) as raised:

@@ -18,11 +18,11 @@ from varedit.data.judge_client import (
     estimate_tokens,
 )
 from varedit.evaluation.cases import Benchmark, Case
-from varedit.evaluation.chat import Budget, Chat, NoAnswer, Question, parse_scores
+from varedit.evaluation.chat import MAX_SILENT, Budget, Chat, NoAnswer, Question, parse_scores
 from varedit.evaluation.editors import make_editor
 from varedit.evaluation.features import Backbones
 from varedit.evaluation.generate import generate
-from varedit.evaluation.judge import ABOUT, MAX_SILENT, RUBRICS, RULES, Judge, default_rules
+from varedit.evaluation.judge import ABOUT, RUBRICS, RULES, Judge, default_rules
 from varedit.evaluation.report import load_runs, write_report
 from varedit.evaluation.scores import score
 
@@ -221,7 +221,7 @@ def test_a_judge_that_went_away_is_not_asked_for_every_case(tmp_path):
         judge.prepare(benchmark, tmp_path)
         assert len(server.questions) == 2 + MAX_SILENT
     reasons = [one["reason"] for one in score(benchmark, tmp_path, [], Backbones(), judge)["cases"]["failed"]]
-    assert len(reasons) == MAX_SILENT + 2 and f"did not answer {MAX_SILENT} cases in a row" in reasons[-1]
+    assert len(reasons) == MAX_SILENT + 2 and f"did not answer {MAX_SILENT} times in a row" in reasons[-1]
     with Server(lambda question, number: scores(5, 5)) as server:  # back again: only what is missing is asked
         judge = judge_at(server.url, tmp_path / "judge")
         judge.prepare(benchmark, tmp_path, workers=3)
@@ -239,6 +239,21 @@ def test_a_judge_that_never_answered_is_not_waited_for(tmp_path):
         assert len(server.questions) == 2 and steps == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="no case of .* could be scored: not judged: .*no answer in 2 tries"):
         score(benchmark, tmp_path, [], Backbones(), judge)
+
+
+def test_answers_that_are_known_are_kept_while_the_judge_is_away(tmp_path):
+    """Also those after a case that has none, and they do not count as a sign of life."""
+    benchmark = some(6, tmp_path)
+    with Server(lambda question, number: scores(5, 5)) as server:
+        for known in benchmark.cases[2:]:
+            judge_at(server.url, tmp_path / "judge")(known, known.source, known.source)
+    with Server(lambda question, number: (503, {}, "")) as server:
+        judge = judge_at(server.url, tmp_path / "judge", client={"max_retries": 0})
+        judge.prepare(benchmark, tmp_path)
+        found = score(benchmark, tmp_path, [], Backbones(), judge)
+        assert len(server.questions) == 1
+    assert [row["key"] for row in found["rows"]] == ["k2", "k3", "k4", "k5"]
+    assert [one["key"] for one in found["cases"]["failed"]] == ["k0", "k1"]
 
 
 def test_a_wrong_key_ends_the_run_at_once(tmp_path):

@@ -214,6 +214,34 @@ def test_a_new_turn_makes_the_turns_after_it_new(tmp_path):
     assert generate(chained(), Counting(fail=["t0"]), broken).failed["t1"].startswith("the turn before, t0")
 
 
+def test_no_turn_edits_what_an_earlier_call_left_of_a_failed_one(tmp_path):
+    generate(chained(), Counting(), tmp_path)
+    Image.new("RGB", (3, 3)).save(result_path(tmp_path, "t0"))  # to be done again, which fails
+    editor = Counting(fail=["t0"])
+    assert set(generate(chained(), editor, tmp_path).failed) == {"t0", "t1", "t2"} and editor.calls == ["t0"]
+
+
+def test_a_limit_keeps_chains_whole():
+    assert [case.key for case in chained().first(1).cases] == ["t0", "t1", "t2"]
+    assert [case.key for case in plain(4).first(2).cases] == ["k0", "k1"]
+
+
+def test_a_case_is_scored_or_failed_not_both(tmp_path):
+    """Its target is shown only, and cannot be read."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    lines = [
+        {"key": key, "source": "a.png", "instruction": "go", "target": target}
+        for key, target in (("sound", "a.png"), ("torn", "bad.png"))
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    benchmark = load(str(tmp_path / "own.jsonl"))
+    generate(benchmark, Counting(), tmp_path / "out")
+    result = score(benchmark, tmp_path / "out", ["l1_source"], Backbones())
+    assert [row["key"] for row in result["rows"]] == ["sound"]
+    assert [one["key"] for one in result["cases"]["failed"]] == ["torn"]
+
+
 def test_own_pipeline_resumes_only_with_the_same_settings(tmp_path):
     from varedit.testing import tiny_pipeline
 
@@ -228,6 +256,10 @@ def test_own_pipeline_resumes_only_with_the_same_settings(tmp_path):
     assert Image.open(result_path(tmp_path / "out", "00000")).size == (128, 128)
     with pytest.raises(ValueError, match="holds a run with editor"):
         generate(benchmark, make_editor(spec, "cpu"), tmp_path / "out")
+    other = tiny_pipeline()
+    other.transformer.register_to_config(position_layout="fixed_offset")  # the same weights
+    other.save_pretrained(tmp_path / "other")
+    assert make_editor(f"varedit:{tmp_path / 'other'}?temperature=0.0", "cpu").settings != editor.settings
     result = score(benchmark, tmp_path / "out", benchmark.metrics, Backbones())
     assert result["overall"]["success"]["mean"] == 0  # random weights
     generate(benchmark, make_editor(f"{spec}?temperature=0.0", "cpu"), tmp_path / "again", batch_size=2)
@@ -369,6 +401,8 @@ def test_a_killed_run_of_200_cases_goes_on_and_repeats_nothing(tmp_path):
             "m means nothing without a judge",
         ),
         (("--benchmark", "procedural", "--editor", "identity", "--judge-rules", "x"), "add --judge-url"),
+        (("--benchmark", "procedural", "--editor", "identity", "--judge-repeats", "3"), "add --judge-url"),
+        (("--benchmark", "gedit", "--editor", "identity", "--size", "256"), "leave --size out"),
         (("--benchmark", "procedural", "--editor", "identity", "--reader", "seed"), "use NAME=VALUE"),
         (("--benchmark", "procedural", "--editor", "identity", "--limit", "1", "--network", "vgg=x"), "'vgg'"),
         (

@@ -36,7 +36,7 @@ def run(  # noqa: PLR0913 - one argument an option
     limit: Annotated[
         int | None, typer.Option(help="The first so many cases.", show_default="all; of procedural 300")
     ] = None,
-    size: Annotated[int, typer.Option(help="Size class of the procedural pictures.")] = 128,
+    size: Annotated[int | None, typer.Option(help="Size class of the procedural pictures.", show_default="128")] = None,
     seed: Annotated[int, typer.Option(help="Every case gets its own from it.")] = 0,
     metrics: Annotated[
         str | None, typer.Option(help="Comma list; 'none' leaves all out.", show_default="the benchmark's")
@@ -56,8 +56,10 @@ def run(  # noqa: PLR0913 - one argument an option
     judge_rules: Annotated[
         str | None, typer.Option(help="paper, viescore or imgedit.", show_default="the benchmark's")
     ] = None,
-    judge_temperature: Annotated[float, typer.Option(help="0 takes the likeliest answer.")] = 0.0,
-    judge_repeats: Annotated[int, typer.Option(help="How often each case is judged.")] = 1,
+    judge_temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest answer.", show_default="0")
+    ] = None,
+    judge_repeats: Annotated[int | None, typer.Option(help="How often each case is judged.", show_default="1")] = None,
     judge_prices: Annotated[
         str | None, typer.Option(help="IN,OUT for a million tokens; says what judging costs.", show_default="none")
     ] = None,
@@ -85,7 +87,10 @@ def run(  # noqa: PLR0913 - one argument an option
     for name, value in (("workers", workers), ("batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}: use at least 1")
-    for name, given in (("model", judge_model), ("rules", judge_rules), ("prices", judge_prices)):
+    for name, given in (
+        ("model", judge_model), ("rules", judge_rules), ("prices", judge_prices),
+        ("temperature", judge_temperature), ("repeats", judge_repeats),
+    ):  # fmt: skip
         if given is not None and judge_url is None:
             raise ValueError(f"--judge-{name} {given} means nothing without a judge; add --judge-url")
     cases = load(benchmark, data, size=size, limit=limit, options=_pairs("reader", reader))
@@ -95,8 +100,9 @@ def run(  # noqa: PLR0913 - one argument an option
     judge = None
     if judge_url is not None:
         rules = judge_rules or default_rules(cases.name)
-        client = JudgeClient(judge_url, "gpt-4o" if judge_model is None else judge_model, judge_temperature)
-        judge = Judge(Chat(client, output / "judge", budget=budget), rules, judge_repeats)
+        client = JudgeClient(judge_url, "gpt-4o" if judge_model is None else judge_model, judge_temperature or 0.0)
+        repeats = 1 if judge_repeats is None else judge_repeats
+        judge = Judge(Chat(client, output / "judge", budget=budget), rules, repeats)
     if not names and judge is None:
         raise ValueError(f"{benchmark} is scored by a judge: give --judge-url, or choose --metrics")
     if editor.startswith(("varedit", "diffusers:")):

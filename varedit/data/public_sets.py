@@ -6,15 +6,18 @@ address that fsspec opens (`hf://datasets/OWNER/NAME`), read one batch of rows a
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
+
 from varedit.data.archives import Pictures
-from varedit.data.faults import FaultError, Skipped, checked_record, text_of, texts_of
-from varedit.data.record import Encoded, Record
+from varedit.data.faults import FaultError, Skipped, checked_record, image_hw, text_of, texts_of
+from varedit.data.record import Encoded, Record, cut_out_mask
 
 Item = Record | Skipped
 
@@ -29,6 +32,7 @@ class Table:
     identity: tuple[str, ...]
     licence: str
     mask: str = ""
+    cut_out: bool = False  # the mask is the source with a hole in it
     edit_type: str = ""
     extra: tuple[str, ...] = field(default=())
 
@@ -53,6 +57,7 @@ TABLES: dict[str, Table] = {
         target="target_img",
         instruction="instruction",
         mask="mask_img",
+        cut_out=True,
         identity=("img_id", "turn_index"),
         licence="CC-BY-4.0",
     ),
@@ -178,12 +183,13 @@ def _table_record(table: Table, row: dict[str, Any], origin: str, pictures: Pict
         if row.get(column) is None:
             raise FaultError("missing image" if column != table.instruction else "bad row", f"{column} is empty")
     mask = row.get(table.mask) if table.mask else None
+    source = _cell_picture(row[table.source], f"{origin} {table.source}", pictures)
     return checked_record(
-        _cell_picture(row[table.source], f"{origin} {table.source}", pictures),
+        source,
         _cell_picture(row[table.target], f"{origin} {table.target}", pictures),
         texts_of(row[table.instruction], table.instruction),
         origin,
-        mask=None if mask is None else _cell_picture(mask, f"{origin} {table.mask}", pictures),
+        mask=None if mask is None else _mask(table, mask, source, f"{origin} {table.mask}", pictures),
         edit_type=_plain(row[table.edit_type]) if row.get(table.edit_type) is not None else "",
         licence=table.licence,
         extra={
@@ -192,6 +198,20 @@ def _table_record(table: Table, row: dict[str, Any], origin: str, pictures: Pict
             if row.get(column) is not None
         },
     )
+
+
+def _mask(table: Table, cell: Any, source: Path | Encoded, name: str, pictures: Pictures) -> Path | Encoded:
+    """A mask cell as a black and white picture file."""
+    mask = _cell_picture(cell, name, pictures)
+    if not table.cut_out:
+        return mask
+    try:
+        white_HW = cut_out_mask(mask, image_hw(source))
+    except ValueError as error:
+        raise FaultError("unreadable image", str(error)) from error
+    file = io.BytesIO()
+    Image.fromarray(white_HW).save(file, "PNG")
+    return Encoded(file.getvalue(), name)
 
 
 def _cell_picture(cell: Any, name: str, pictures: Pictures) -> Path | Encoded:

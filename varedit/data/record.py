@@ -102,6 +102,25 @@ def upright_pixels(picture: Picture, mode: str = "RGB") -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(image).convert(mode))
 
 
+def cut_out_mask(picture: Path | Encoded, size: tuple[int, int]) -> np.ndarray:
+    """A mask given as the picture with a hole in it, bool at `size` (height, width), True in the hole.
+
+    MagicBrush has its masks so, at times of another size than the picture (its authors, issue 10 of
+    OSU-NLP-Group/MagicBrush). Without any transparency the mask is where the file is white.
+
+    Raises:
+        ValueError: The file cannot be read (the message names it).
+    """
+    try:
+        with open_picture(picture) as image:
+            upright = ImageOps.exif_transpose(image)
+            opaque = upright.convert("RGBA").getchannel("A")
+            hole = opaque.point(lambda level: 255 - level) if opaque.getextrema()[0] < 128 else upright.convert("L")
+            return np.asarray(hole.resize(size[::-1], Image.Resampling.NEAREST)) > 127
+    except READ_ERRORS as error:
+        raise ValueError(f"mask {picture} cannot be read: {reason(error)}") from error
+
+
 def _pixels(picture: Picture, mode: str = "RGB") -> np.ndarray:
     try:
         return upright_pixels(picture, mode)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from varedit.evaluation.cases import Benchmark, Case, file_key, own
+from varedit.data.record import cut_out_mask
+from varedit.evaluation.cases import Benchmark, Case, file_key, own, read_picture
 from varedit.evaluation.hub import SOURCES, download
 from varedit.evaluation.procedural import procedural
 from varedit.evaluation.tables import Table, groups, table_files
@@ -50,7 +51,7 @@ def load(
     name: str,
     data: Path | None = None,
     *,
-    size: int = 128,
+    size: int | None = None,
     limit: int | None = None,
     options: dict[str, str] | None = None,
 ) -> Benchmark:
@@ -59,7 +60,7 @@ def load(
     Args:
         data: folder of the benchmark's files; None downloads those that lie open on the hub. Which commit was taken
             is in the benchmark's settings; the option `revision` asks for another.
-        size: of the procedural pictures.
+        size: of the procedural pictures, 128 if not given; the others have their own.
         limit: the first so many cases.
         options: of the reader, see the functions below; texts.
 
@@ -69,7 +70,9 @@ def load(
     options = dict(options or {})
     if name == "procedural":
         _check_options(name, procedural, options)
-        return procedural(data, size, limit, **options)
+        return procedural(data, 128 if size is None else size, limit, **options)
+    if size is not None:
+        raise ValueError(f"size {size} means nothing for {name}, whose pictures have theirs; leave --size out")
     readers: dict[str, Callable[..., Benchmark]] = {
         "emu-edit": emu_edit,
         "pie-bench": pie_bench,
@@ -307,7 +310,7 @@ def _magicbrush_folder(data: Path) -> tuple[dict[str, list[dict[str, Any]]], lis
                     "instruction": turn["instruction"],
                     "source": _inside(data / "images", f"{name}/{turn['input']}"),
                     "target": _inside(data / "images", f"{name}/{turn['output']}"),
-                    "mask": _inside(data / "images", f"{name}/{turn['mask']}") if turn.get("mask") else None,
+                    "mask": _magicbrush_mask(data / "images", name, turn) if turn.get("mask") else None,
                     "target_caption": captions.get(name, {}).get(turn["output"], ""),
                 }
                 for turn in turns
@@ -315,6 +318,15 @@ def _magicbrush_folder(data: Path) -> tuple[dict[str, list[dict[str, Any]]], lis
         except (KeyError, ValueError, TypeError) as error:
             problems.append((str(name), f"{type(error).__name__}: {error}"))
     return sessions, problems
+
+
+def _magicbrush_mask(images: Path, name: str, turn: dict[str, Any]) -> Callable[[], np.ndarray]:
+    mask, source = (_inside(images, f"{name}/{turn[role]}") for role in ("mask", "input"))
+    return lambda: cut_out_mask(mask, read_picture(source).shape[:2])
+
+
+def _magicbrush_cell(table: Table, at: tuple[int, int]) -> np.ndarray:
+    return cut_out_mask(table.encoded(at, "mask_img"), table.picture(at, "source_img").shape[:2])
 
 
 def _magicbrush_table(data: Path, split: str) -> dict[str, list[dict[str, Any]]]:
@@ -330,7 +342,7 @@ def _magicbrush_table(data: Path, split: str) -> dict[str, list[dict[str, Any]]]
                 "instruction": row["instruction"],
                 "source": partial(table.picture, row["_at"], "source_img"),
                 "target": partial(table.picture, row["_at"], "target_img"),
-                "mask": partial(table.mask, row["_at"], "mask_img"),
+                "mask": partial(_magicbrush_cell, table, row["_at"]),
             }
         )
     return sessions

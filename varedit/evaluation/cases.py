@@ -94,7 +94,7 @@ class Benchmark:
             seen.add(case.key)
 
     def first(self, limit: int | None) -> Benchmark:
-        """The first `limit` cases; None keeps all.
+        """The first `limit` cases and, where that cuts a chain of turns, the rest of it; None keeps all.
 
         Raises:
             ValueError: a limit below 1.
@@ -103,7 +103,13 @@ class Benchmark:
             return self
         if limit < 1:
             raise ValueError(f"limit is {limit}: use at least 1")
-        return replace(self, cases=self.cases[:limit])
+        kept = list(self.cases[:limit])
+        keys = {case.key for case in kept}
+        for case in self.cases[limit:]:
+            if case.previous in keys:
+                kept.append(case)
+                keys.add(case.key)
+        return replace(self, cases=tuple(kept))
 
 
 def read_picture(picture: Picture) -> np.ndarray:

@@ -16,10 +16,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from varedit.data.judge_client import ANSWER_TOKENS, JudgeClient, estimate_tokens, image_part, json_answer
+from varedit.data.judge_client import (
+    ANSWER_TOKENS,
+    JudgeClient,
+    JudgeSilentError,
+    estimate_tokens,
+    image_part,
+    json_answer,
+)
 from varedit.evaluation.cases import picture_digest
 
 logger = logging.getLogger(__name__)
+
+MAX_SILENT = 8
+"""Questions in a row without any answer after which the endpoint counts as down: nothing more is asked, only the cache
+answers. One is enough where it never answered at all."""
 
 
 class NoAnswer(ValueError):
@@ -90,6 +101,7 @@ class Chat:
     def __init__(self, client: JudgeClient, cache: Path, tries: int = 3, budget: Budget | None = None) -> None:
         self.client, self.cache, self.tries, self.budget = client, cache, tries, budget
         self.num_cached, self.num_repeated = 0, 0
+        self._silent, self._answered = 0, False
         self._lock = threading.Lock()
 
     def ask(self, question: Question) -> list[float]:
@@ -97,7 +109,8 @@ class Chat:
 
         Raises:
             JudgeError: the endpoint refused or did not answer.
-            NoAnswer: no answer was usable (the message says how the last one failed), or the budget is spent.
+            NoAnswer: no answer was usable (the message says how the last one failed), the budget is spent, or the
+                endpoint has been silent too often.
         """
         path = self._path(question)
         known = self._cached(path, question)
@@ -112,7 +125,7 @@ class Chat:
             if attempt:
                 with self._lock:
                     self.num_repeated += 1
-            text = self.client.ask(messages)
+            text = self._send(messages)
             try:
                 answer = _parse(text, question)
             except ValueError as error:
@@ -125,6 +138,20 @@ class Chat:
                 self._keep(path, text)
                 return answer
         raise NoAnswer(f"no usable answer in {self.tries} tries; the last: {reason}")
+
+    def _send(self, messages: list[dict[str, Any]]) -> str:
+        with self._lock:
+            if self._silent >= (MAX_SILENT if self._answered else 1):
+                raise NoAnswer(f"the judge did not answer {self._silent} times in a row; run again when it does")
+        try:
+            text = self.client.ask(messages)
+        except JudgeSilentError:
+            with self._lock:
+                self._silent += 1
+            raise
+        with self._lock:
+            self._silent, self._answered = 0, True
+        return text
 
     def estimate(self, questions: Iterable[Question]) -> str:
         """What asking will cost, in words, before anything is asked.

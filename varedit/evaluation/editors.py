@@ -17,6 +17,8 @@ Options follow a question mark, as in an address: `varedit?temperature=0&preserv
 from __future__ import annotations
 
 import base64
+import hashlib
+import http.client
 import io
 import json
 import os
@@ -134,7 +136,7 @@ class _KnownEditor(Editor):
 
 
 class VAREditEditor(Editor):
-    """Our pipeline. Settings hold the model's own defaults and a hash of its weights once it is loaded.
+    """Our pipeline. Settings hold the model's own defaults and a hash of the model once it is loaded.
 
     Options: the `dtype`, and those of `editing.edit.Settings`: of the pipeline's call (`guidance_scale`, `temperature`,
     `top_p`, `size`, `fit`), and what becomes of the pixels that the edit did not change (`preserve`, `strength`, ...).
@@ -161,8 +163,8 @@ class VAREditEditor(Editor):
         self.pipeline = load_pipeline(model, device, getattr(torch, dtype) if dtype else None)
         self.pipeline.set_progress_bar_config(disable=True)
         self.edit_settings = wanted.resolved(self.pipeline)
-        digest, precision = weights_digest(self.pipeline), str(self.pipeline.dtype)
-        self.settings = {"editor": "varedit", "weights": digest, "dtype": precision, **self.edit_settings.to_json()}
+        digest, precision = _model_digest(self.pipeline), str(self.pipeline.dtype)
+        self.settings = {"editor": "varedit", "model": digest, "dtype": precision, **self.edit_settings.to_json()}
 
     def edit(self, case: Case, source: Image.Image, seed: int) -> Image.Image:
         return self.edit_all([case], [source], [seed])[0]
@@ -179,19 +181,12 @@ class VAREditEditor(Editor):
         return [result.image for result in apply_edits(self.pipeline, requests, self.edit_settings)]
 
 
-def weights_digest(pipeline: Any) -> str:
-    """Hash over the weights that decide an edit, with their types, names and shapes."""
-    import hashlib
+def _model_digest(pipeline: Any) -> str:
+    """Hash over weights and configuration: the layout of positions, say, is in no weight."""
+    from varedit.editing.model_identity import state_configs, state_sha256
 
-    import torch
-
-    digest = hashlib.sha256()
-    parts = [part for part in ("transformer", "image_tokenizer", "text_encoder") if getattr(pipeline, part) is not None]
-    for part in parts:
-        for name, value in sorted(getattr(pipeline, part).state_dict().items()):
-            digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    known = [state_sha256(pipeline), state_configs(pipeline)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class OpenAIEditor(Editor):
@@ -241,10 +236,16 @@ class OpenAIEditor(Editor):
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 return response.read()
         except urllib.error.HTTPError as error:
-            detail = error.read(300).decode(errors="replace")
-            raise EditFailed(f"the endpoint answered {error.code}: {detail}") from error
-        except OSError as error:  # refused, timed out, reset
-            raise EditFailed(f"the endpoint did not answer: {error}") from error
+            raise EditFailed(f"the endpoint answered {error.code}: {_beginning(error)}") from error
+        except (OSError, http.client.HTTPException) as error:  # refused, timed out, reset, cut off
+            raise EditFailed(f"the endpoint did not answer: {type(error).__name__}: {error}") from error
+
+
+def _beginning(answer: urllib.error.HTTPError) -> str:
+    try:
+        return answer.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        return f"({type(error).__name__})"
 
 
 def _png(image: Image.Image) -> bytes:

@@ -6,7 +6,9 @@ the reference: published numbers of this field differ by nothing more than that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -226,7 +228,8 @@ class Backbones:
             raise ValueError(
                 f"lpips needs torchmetrics and torchvision ({error}); leave it out of --metrics"
             ) from error
-        metric = LearnedPerceptualImagePatchSimilarity(net_type="squeeze").to(self.device)
+        with _weights_only():
+            metric = _load(lambda net: LearnedPerceptualImagePatchSimilarity(net_type=net), "squeeze", self.device)
         return lambda first, second: float(metric(first, second))
 
     def protocol(self, role: str) -> dict[str, str]:
@@ -274,6 +277,21 @@ def backbones_of(
             raise ValueError(f"network {role!r} is unknown; use {', '.join(NETWORKS)}")
         chosen[f"{role}_name"] = name
     return Backbones(**chosen)
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch.load reads tensors only meanwhile; torchvision downloads a pickle and lets it be anything."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _load(load: Callable[[str], Any], name: str, device: str | None = None) -> Any:

@@ -151,12 +151,21 @@ class _Work:
             rows.append(row)
             try:
                 row["case"] = case_digest(case)
-                ready.append((case, Image.fromarray(_source(case, self.output)), row))
+                ready.append((case, Image.fromarray(self._source(case)), row))
             except (EditFailed, ValueError) as error:
                 row |= {"error": str(error), "seconds": 0.0}
         if ready:
             self._edit_ready(ready)
         return rows
+
+    def _source(self, case: Case) -> np.ndarray:
+        """What is edited: the case's source, or the result of the turn before (not one left by an earlier call)."""
+        if case.previous is None:
+            return read_picture(case.source)
+        path = result_path(self.output, case.previous)
+        if case.previous in self.failed or not path.is_file():
+            raise EditFailed(f"the turn before, {case.previous}, has no result")
+        return read_picture(path)
 
     def _edit_ready(self, ready: list[tuple[Case, Image.Image, dict[str, Any]]]) -> None:
         started = time.monotonic()
@@ -264,16 +273,6 @@ def _write(result: Image.Image, path: Path) -> dict[str, Any]:
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     os.replace(temporary, path)
     return {"status": "ok", "width": result.width, "height": result.height, "sha256": digest}
-
-
-def _source(case: Case, output: Path) -> np.ndarray:
-    """What is edited: the case's source, or the result of the turn before."""
-    if case.previous is None:
-        return read_picture(case.source)
-    path = result_path(output, case.previous)
-    if not path.is_file():
-        raise EditFailed(f"the turn before, {case.previous}, has no result")
-    return read_picture(path)
 
 
 def _end_line(path: Path) -> None:

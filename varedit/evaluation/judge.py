@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from varedit.data.judge_client import JudgeAccessError, JudgeSilentError
+from varedit.data.judge_client import JudgeAccessError
 from varedit.evaluation.cases import Benchmark, Case, read_picture
 from varedit.evaluation.chat import Chat, Question
 from varedit.evaluation.checker import harmonic_mean
@@ -189,10 +189,6 @@ ABOUT = {
 }
 """Scores in a few words; of each set of rules, the main one first."""
 
-MAX_SILENT = 8
-"""Cases in a row without any answer after which the endpoint counts as down: the others are not asked any more. One is
-enough where it never answered at all."""
-
 
 class Judge:
     """Judges cases by one set of rules, `repeats` times each; a case's score is the mean of its judgements.
@@ -212,7 +208,6 @@ class Judge:
             "temperature": chat.client.temperature, "repeats": repeats,
         }  # fmt: skip
         self._seen: dict[str, list[dict[str, float]] | str] = {}
-        self._silent, self._answered = 0, False
 
     def __call__(self, case: Case, source: np.ndarray, result: np.ndarray) -> dict[str, float]:
         """Named scores of one case.
@@ -234,18 +229,10 @@ class Judge:
         return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def _judge(self, case: Case, source: np.ndarray, result: np.ndarray) -> list[dict[str, float]]:
-        most = MAX_SILENT if self._answered else 1
-        if self._silent >= most:
-            raise ValueError(f"the judge did not answer {self._silent} cases in a row; run again when it does")
-        judgements = []
-        try:
-            for asked in self._questions(case, source, result):
-                judgements.append(self.rules.scores([self.chat.ask(question) for question in asked]))
-        except JudgeSilentError:
-            self._silent += 1
-            raise
-        self._silent, self._answered = 0, True
-        return judgements
+        return [
+            self.rules.scores([self.chat.ask(question) for question in asked])
+            for asked in self._questions(case, source, result)
+        ]
 
     def _questions(self, case: Case, source: np.ndarray, result: np.ndarray) -> list[list[Question]]:
         """What is asked of a case, for each of its judgements."""

@@ -231,8 +231,9 @@ def score(
             if case.scored:
                 _expect_result(manifest.get(case.key), asked)
                 sample = Sample(case, output, benchmark.fit, chains[case.key])
-                rows.append(_row(sample, names, models, judge))
-                _thumbnails(sample)
+                row = _row(sample, names, models, judge)
+                _thumbnails(sample)  # may fail as well, and a case that failed is in no mean
+                rows.append(row)
         except ValueError as error:
             failures.append({"key": case.key, "reason": str(error)})
         if on_case is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from varedit.data.record import Encoded, open_picture
 
 
 class Table:
@@ -47,17 +47,17 @@ class Table:
         Raises:
             ValueError: no picture there.
         """
-        value = self._read(at[0])[column][at[1]].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
         try:
-            return np.asarray(Image.open(io.BytesIO(data or b"")).convert("RGB"))
+            return np.asarray(open_picture(self.encoded(at, column)).convert("RGB"))
         except (OSError, SyntaxError, TypeError, ValueError) as error:
             # The reason alone: Pillow's own words hold an address in memory, and score files have to repeat.
             raise ValueError(f"{column} of row {at} is no picture ({type(error).__name__})") from error
 
-    def mask(self, at: tuple[int, int], column: str) -> np.ndarray:
-        """bool (H, W), white is True."""
-        return self.picture(at, column).max(-1) > 127
+    def encoded(self, at: tuple[int, int], column: str) -> Encoded:
+        """The picture's file."""
+        value = self._read(at[0])[column][at[1]].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        return Encoded(data or b"", f"{column} of row {at}")
 
 
 def groups(file: Path) -> Iterator[Callable[[list[str]], Any]]:
