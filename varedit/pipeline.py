@@ -306,8 +306,8 @@ class VAREditPipeline(DiffusionPipeline):
         count = len(prepared)
         seeds_B = seeds_B.to(device)
         guided = sampling.guidance_scale != 1
-        image_B3HW = torch.cat([item.image_B3HW for item in prepared]).to(device)
-        features_BChw = self.image_tokenizer.encode(image_B3HW)
+        # One by one, here and in `_decode`: in a batch the last digit of a convolution can differ.
+        features_BChw = torch.cat([self.image_tokenizer.encode(item.image_B3HW.to(device)) for item in prepared])
         source_BChw = self._source(features_BChw, schedule)
         text_BTF, text_mask_BT = (part.to(device) for part in pad_text(texts))
         drop_text_B = torch.zeros(count, dtype=torch.bool, device=device)
@@ -351,7 +351,7 @@ class VAREditPipeline(DiffusionPipeline):
         return tokens_BSC.transpose(1, 2).unflatten(2, schedule.finest)
 
     def _decode(self, canvas_BChw: Tensor, prepared: list[Prepared]) -> list[Image.Image]:
-        decoded = to_pil(self.image_tokenizer.decode(canvas_BChw))
+        decoded = [to_pil(self.image_tokenizer.decode(canvas_1Chw))[0] for canvas_1Chw in canvas_BChw.split(1)]
         return [item.restore(image) for item, image in zip(prepared, decoded, strict=True)]
 
     def _encode_texts(self, texts: list[str | Tensor]) -> list[Tensor]:
