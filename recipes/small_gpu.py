@@ -36,7 +36,6 @@ from tiny_two_core_cpu import (
     TOKENIZER,
     Folder,
     Run,
-    laplacian_loss,
     wording,
 )
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ from varedit.runtime import computes_bfloat16
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
 from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
-from varedit.training.objective import bit_accuracy, edit_weights, objective
+from varedit.training.objective import bit_accuracy, edit_weights, laplacian_loss, objective
 from varedit.training.optimizer import muon_and_adamw
 from varedit.training.trainer import compile_blocks
 from varedit.training.updates import Average

@@ -72,6 +72,14 @@ def test_means_are_weighted_and_scales_of_different_number_are_kept_apart():
     assert sums.means() == {}
 
 
+def test_counted_pairs_have_the_weight_of_their_count():
+    """A token of a small batch counts as one of a large one; a batch that counts for nothing has none."""
+    sums = Sums()
+    for total, weight in ((4.0, 8.0), (0.0, 2.0), (4.0, 0.0)):
+        sums.add({"share": (torch.tensor(total), torch.tensor(4.0))}, weight)
+    assert sums.means() == {"share": 0.5}
+
+
 def test_tensorboard_has_numbers_and_pictures_and_forgets_what_a_resumed_run_does_anew(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

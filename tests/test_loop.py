@@ -83,6 +83,42 @@ def test_a_loss_that_is_not_finite_ends_the_run(editor_config, tmp_path):
         loop.run()
 
 
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_no_checkpoint_of_a_step_that_was_not_finite(editor_config, tmp_path, spoilt):
+    """The log has no line before step 6, the next checkpoint is due at step 4."""
+    settings, folder = editor_config("log_every=6"), tmp_path / "run"
+    training = EditorTraining(settings, CPU, folder)
+    loop = Loop(settings, training, CPU, folder, resume=False)
+    data = batches(training.plan, settings.micro_batch_size, 0, settings.steps, (0, 1), 0)
+    for _ in range(3):
+        loop.train_step(data)
+        loop.after_step()
+    if spoilt == "loss":
+        next(iter(loop.parameters.values())).data.fill_(float("nan"))
+    else:  # the loss is that of good weights, the update spoils them
+        parameter = next(iter(loop.parameters.values()))
+        parameter.register_hook(lambda gradient: gradient * float("inf"))
+    loop.train_step(data)
+    with pytest.raises(ValueError, match="the (loss|gradient norm) of step 4 .* is nan; begin a new run") as caught:
+        loop.after_step()
+    assert spoilt in str(caught.value) and loop.checkpoints.steps() == [2]
+
+
+def test_the_first_line_after_a_resume_is_that_of_an_uninterrupted_run(editor_config, tmp_path):
+    """The log has a line every four steps, the run is killed after the checkpoint of step 2."""
+    settings, folder = editor_config("log_every=4"), tmp_path / "run"
+    train(settings, tmp_path / "whole")
+    training = EditorTraining(settings, CPU, folder)
+    loop = Loop(settings, training, CPU, folder, resume=False)
+    data = batches(training.plan, settings.micro_batch_size, 0, settings.steps, (0, 1), 0)
+    for _ in range(3):
+        loop.train_step(data)
+        loop.after_step()
+    train(settings, folder, resume=True)
+    for key in ("step", "loss", "accuracy", "gradient_norm"):
+        assert rows(folder, key) == rows(tmp_path / "whole", key)
+
+
 def test_a_run_by_the_clock_decays_with_it_and_ends_with_it(editor_config, tmp_path):
     """The clock is set, not waited for: eight of ten minutes are over, then all of them."""
     settings = editor_config("steps=100000", "max_minutes=10", "optimizer.decay=linear", "optimizer.warm_up=0")

@@ -423,11 +423,13 @@ def test_faults_are_borne_up_to_a_fraction(tmp_path: Path, caplog: pytest.LogCap
 def test_bad_sources_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "no.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "quote.csv").write_text('source,target,text\na,b,"two\nlines"\na,b,"c\n' + "a,b,c\n" * 30_000)
     for source, format, message in (
         (tmp_path / "nowhere", None, "does not exist"),
         (tmp_path / "empty", None, "name its format, one of seed-data-edit"),
         (tmp_path / "empty", "webdataset", "format 'webdataset' is unknown: use one of"),
         (tmp_path / "no.csv", None, "has no column 'source': its header is a, b"),
+        (tmp_path / "quote.csv", None, r"quote\.csv line 4 cannot be read .*: close the quote"),
         ("memory://nothing_here", None, "holds no parquet files"),
     ):
         with pytest.raises(ValueError, match=message) as error:

@@ -226,6 +226,21 @@ def test_unreadable_pictures_do_not_upset_a_continued_run(tmp_path: Path) -> Non
     assert "broken" not in by_origin(list(read(tmp_path / "parts")))
 
 
+def test_packing_again_bears_no_more_faults_than_the_first_time(tmp_path: Path) -> None:
+    raw = make_records(9)
+    broken = tmp_path / "broken.bmp"
+    broken.write_bytes(encoded(picture(1), "BMP")[:200])
+    raw[3] = Record(broken, picture(1), ("x",), origin="broken")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"8 pairs, 1 skipped \(unreadable image 1\): 11% is more than max_skipped"
+        ):
+            pack(raw, tmp_path / "parts", records_per_shard=2)
+    pack(raw, tmp_path / "parts", records_per_shard=2, max_skipped=0.5)
+    pack(raw, tmp_path / "whole", records_per_shard=2, max_skipped=0.5)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
 def test_another_source_or_setting_is_refused(tmp_path: Path) -> None:
     raw = make_records(9)
     out = tmp_path / "out"

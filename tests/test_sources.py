@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,79 @@ def test_the_runs_log_names_what_it_skipped(editor_config, tmp_path, pairs_folde
     with pytest.raises(ValueError, match="cannot be used"):
         train(editor_config(*changes, "steps=20"), run, resume=True)
     assert re.search(r"WARNING skipped .*line \d: .*_target\.png' is damaged", (run / "log.txt").read_text())
+
+
+def test_a_folder_that_was_rewritten_is_not_resumed(editor_config, tmp_path, pairs_folder):
+    folder, run = copy_of(pairs_folder, tmp_path / "pairs"), tmp_path / "run"
+    settings = editor_config(f"data.source={folder}")
+    open_pairs(settings, CPU, run)
+    lines = (folder / "pairs.jsonl").read_bytes()
+    (folder / "pairs.jsonl").write_bytes(lines.replace(b"invert it", b"turn it over"))
+    with pytest.raises(ValueError, match="has changed since this run began"):
+        open_pairs(settings, CPU, run)
+    (folder / "pairs.jsonl").write_bytes(lines)
+    found, _ = open_pairs(settings, CPU, run)
+    assert found.entries[0]["instructions"][0] == "invert it"
+
+
+def test_shards_that_were_packed_anew_are_not_resumed(editor_config, tmp_path, pairs_folder):
+    settings, shards = editor_config(f"data.source={tmp_path / 'shards'}"), tmp_path / "shards"
+    pack(read(pairs_folder), shards, size=128)
+    open_pairs(settings, CPU, tmp_path / "run")
+    shutil.rmtree(shards)
+    pack(list(read(pairs_folder))[:5], shards, size=128)
+    with pytest.raises(ValueError, match="has changed since this run began"):
+        open_pairs(settings, CPU, tmp_path / "run")
+
+
+def test_the_scan_of_an_earlier_version_is_resumed(editor_config, tmp_path):
+    """It does not say what it is of, and `data.json` not how many pairs are held out."""
+    settings, index, facts = (
+        editor_config("data.validation_count=2"),
+        tmp_path / "pairs.index.json",
+        tmp_path / "data.json",
+    )
+    found, _ = open_pairs(settings, CPU, tmp_path)
+    index.write_text(index.read_text().splitlines()[1])
+    known = json.loads(facts.read_text())
+    del known["held_out"]
+    facts.write_text(json.dumps(known))
+    again, _ = open_pairs(settings, CPU, tmp_path)
+    assert again.entries == found.entries and index.read_text().startswith("[")
+
+
+def test_another_validation_folder_is_scanned_anew(editor_config, tmp_path, pairs_folder):
+    """Two folders may list their pairs in the same words, though their pictures have other shapes."""
+    folders = [copy_of(pairs_folder, tmp_path / name) for name in ("first", "second")]
+    for path in (folders[1] / "images").iterdir():
+        Image.new("RGB", (64, 48)).save(path)
+    for folder, hw in zip(folders, ([128, 128], [48, 64])):
+        _, held_out = open_pairs(editor_config(f"data.validation={folder}", "data.validation_count=1"), CPU, tmp_path)
+        assert held_out.folder == folder and held_out.entries[0]["hw"] == hw
+
+
+@pytest.mark.parametrize("change", ["data.validation_count=1", "data.validation_count=0", "data.validation=PAIRS"])
+def test_a_run_is_not_resumed_with_other_pairs_held_out(editor_config, tmp_path, pairs_folder, change):
+    changes = ["data.validation_count=2", "steps=3"]
+    train(editor_config(*changes), tmp_path / "run")
+    change = change.replace("PAIRS", str(copy_of(pairs_folder, tmp_path / "other")))
+    with pytest.raises(
+        ValueError, match=r"the run holds out 2 pairs .*, this config \d; give data.validation"
+    ) as caught:
+        train(editor_config(*changes, change), tmp_path / "run", resume=True)
+    assert "\n" not in str(caught.value)
+    assert train(editor_config(*changes, "steps=4"), tmp_path / "run", resume=True) == 4
+
+
+def test_a_held_out_pair_that_goes_bad_is_named_once(editor_config, tmp_path, pairs_folder):
+    folder, run = copy_of(pairs_folder, tmp_path / "held"), tmp_path / "run"
+    changes = [f"data.validation={folder}", "data.validation_count=6", "validate_every=1"]
+    train(editor_config(*changes, "steps=3"), run)
+    broken = folder / "images/0000001_target.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    train(editor_config(*changes, "steps=6"), run, resume=True)
+    (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "held-out" in line]
+    assert "WARNING skipped held-out" in line and "line 2" in line
 
 
 @pytest.mark.parametrize("name", ["data.objects", "data.photos", "data.validation"])

@@ -83,6 +83,7 @@ def test_changed_fields_names_them(tmp_path):
         ({"data": {"sizes": {200: 1}}}, ["data.sizes", "200", "128, 256"]),
         ({"data": {"sizes": {}}}, ["data.sizes", "empty"]),
         ({"data": {"aspects": {1.1: 1}}}, ["data.aspects", "1.1"]),
+        ({"data": {"fit": "square", "aspects": {1.0: 1, 1.5: 2}}}, ["data.aspects", "1, 1.5", "data.fit"]),
         ({"data": {"source": "pairs", "photos": "p"}}, ["data.photos", "world"]),
         ({"steps": 0}, ["steps", "at least 1"]),
         ({"optimizer": {"lr": 0}}, ["optimizer.lr", "more than 0"]),

@@ -220,6 +220,11 @@ class _Packer:
         if count + 1 == shard.num_taken:
             if digest.hexdigest() != shard.content:
                 raise ValueError(f"the source is not the one {shard.file} was packed from: choose an empty folder")
+            # What could not be decoded then is in no shard; it counts as it did when the shard was written.
+            num_lost = shard.num_taken - shard.count
+            if num_lost:
+                self._report.tally.faults["unreadable image"] += num_lost
+                self._report.tally.num_records -= num_lost
             self._done[bucket].pop(0)
             del self._passing[bucket]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def _read_csv(path: Path) -> Iterator[Item]:
     with path.open(encoding="latin-1", newline="") as lines:
         start = lines.read(3)
         lines.seek(3 if start == "\xef\xbb\xbf" else 0)  # the byte order mark that spreadsheets write
-        rows = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        rows = _csv_rows(path, lines)
         header = [_cell(name) for name in next(rows, [])]
         names = [name.decode("utf-8", "replace").strip() for name in header]
         for role in ("source", "target", "instructions"):
@@ -195,6 +195,17 @@ def _read_csv(path: Path) -> Iterator[Item]:
                 yield Skipped(origin, "bad row", f"{len(cells)} cells under {len(names)} headings")
                 continue
             yield _row_record(origin, {name: _cell(cell) for name, cell in zip(names, cells)}, pictures)
+
+
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
+    """The rows of a table. Raises ValueError where a cell has no end."""
+    rows, first = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ","), 1
+    try:
+        for row in rows:
+            yield row
+            first = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path} line {first} cannot be read ({error}): close the quote that opens there") from error
 
 
 def _cell(text: str) -> bytes:

@@ -35,7 +35,8 @@ class DataConfig:
         sizes: size class -> share of the steps. Each step has one size and one aspect template.
         fit: "native" or "square", how pictures are brought to a template: as the model will be used.
         objects, photos: folders of cut-outs and photographs for the world.
-        aspects: height over width -> share of the steps, world only; a folder's pairs have shapes of their own.
+        aspects: height over width -> share of the steps, for the world with fit "native" only; a folder's pairs have
+            shapes of their own.
         validation: folder of held-out pairs. Without it: the world's test split, or pairs held out of the folder.
         validation_count: how many held-out pairs the validation uses.
         num_workers: processes that read and prepare pairs, for each training process; 0 does it in line.
@@ -217,7 +218,8 @@ MAY_CHANGE = (
     "save_every", "keep_checkpoints", "async_checkpoints", "wandb", "data.num_workers", "data.max_bad_fraction",
     "data.validation", "data.validation_count",
 )  # fmt: skip
-"""Fields that a resumed run may be given anew: all others would make it another run."""
+"""Fields that a resumed run may be given anew: all others would make it another run. What is held out of the very
+folder that is trained on must stay, see `sources`."""
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -350,6 +352,12 @@ def _check_data(data: DataConfig) -> None:
         _require(
             data.aspects == NATIVE_ASPECTS,
             "data.aspects is only for data.source world; a folder's pairs have their own",
+        )
+    elif data.fit == "square":
+        _require(
+            data.aspects == NATIVE_ASPECTS or set(data.aspects) == {1.0},
+            f"data.aspects has {', '.join(f'{r:g}' for r in data.aspects)} with data.fit square, where every picture "
+            "is square; remove it, or set data.fit to native",
         )
 
 

@@ -296,23 +296,36 @@ class Sums:
         self._sums: dict[str, Tensor] = {}  # (2,) or (2, scales): sum and count
 
     def add(self, values: dict[str, Tensor | tuple[Tensor, Tensor]], weight: float = 1.0) -> None:
-        """Add means of equal weight, or (sum, count) pairs. Vectors have one entry a scale; all are padded to 13."""
+        """Add means, or (sum, count) pairs. Vectors have one entry a scale; all are padded to 13.
+
+        Args:
+            weight: of the means. Pairs have their count for it; only a weight of 0 leaves them out.
+        """
         for name, value in values.items():
-            total, count = value if isinstance(value, tuple) else (value, torch.ones_like(value))
-            both = torch.stack([total.detach().double(), count.double()]) * weight
+            is_pair = isinstance(value, tuple)
+            total, count = value if is_pair else (value, torch.ones_like(value))
+            both = torch.stack([total.detach().double(), count.double()]) * (float(weight > 0) if is_pair else weight)
             if both.ndim == 2:
                 both = torch.nn.functional.pad(both, (0, _MAX_SCALES - both.shape[1]))
             self._sums[name] = self._sums[name] + both if name in self._sums else both
 
-    def means(self, reduce=None) -> dict[str, float | list[float]]:
-        """Means over everything added, over all processes with `reduce`; begins anew.
+    def totals(self, reduce=None) -> dict[str, Tensor]:
+        """Copies of sum and count of everything added, by metric, over all processes with `reduce`.
 
         Args:
             reduce: sums a tensor over all processes in place. All must then have the same metrics.
         """
+        copies = {name: self._sums[name].clone() for name in sorted(self._sums)}
+        return {name: reduce(copy) if reduce else copy for name, copy in copies.items()}
+
+    def restore(self, totals: dict[str, Tensor]) -> None:
+        """Go on from these totals."""
+        self._sums = dict(totals)
+
+    def means(self, reduce=None) -> dict[str, float | list[float]]:
+        """Means over everything added, over all processes with `reduce` as in `totals`; begins anew."""
         means: dict[str, float | list[float]] = {}
-        for name in sorted(self._sums):
-            total, count = reduce(self._sums[name]) if reduce else self._sums[name]
+        for name, (total, count) in self.totals(reduce).items():
             if total.ndim:
                 means[name] = [float(t / c) for t, c in zip(total, count) if c > 0]
             elif count > 0:

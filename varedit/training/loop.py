@@ -8,9 +8,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from varedit.training.updates import (
 logger = logging.getLogger(__name__)
 
 _LARGE = 1000  # pairs after which the share of unusable ones is judged
+_FINITE = ("loss", "gradient_norm")  # beginnings of metrics' names: where one is not finite, the weights are spoilt
 
 
 class Training(Protocol):
@@ -80,12 +81,14 @@ class Loop:
         )
         self.state = training_state(self.parameters, self.optimizers, self.average)
         self.step, self.num_skipped, minutes = 0, 0, 0.0
+        self.sums = Sums()
         if resume and self.checkpoints.steps():
             saved = self.checkpoints.load(self.state)
             self.step, self.num_skipped, minutes = saved["step"], saved["num_skipped"], saved["minutes"]
+            self._restore_sums(saved.get("sums", {}))  # checkpoints of earlier versions have none
         self.started = time.monotonic() - 60 * minutes
         self.done = self.part_done()
-        self.sums = Sums()
+        self._skipped_held_out: set[str] = set()
         if self.journal is not None:
             self.journal.rewind(self.step)
 
@@ -106,7 +109,7 @@ class Loop:
         """Train to the end, and write the result.
 
         Raises:
-            ValueError: the loss is no longer finite, or too many pairs cannot be used.
+            ValueError: the loss or its gradient is no longer finite, or too many pairs cannot be used.
             CheckpointError: a checkpoint could not be written.
         """
         config = self.config
@@ -179,14 +182,10 @@ class Loop:
             self.save()
 
     def log(self, means: dict) -> None:
-        """Write metrics; a loss that is not finite ends the run (the last checkpoint is still good)."""
+        """Write metrics; a loss or gradient that is not finite ends the run (the last checkpoint is still good)."""
         if self.journal is not None:
             self.journal.write(self.step, self.done, {**means, "learning_rate": self.learning_rate})
-        if not math.isfinite(means["loss"]):
-            raise ValueError(
-                f"the loss of step {self.step} is {means['loss']}; resume from the last checkpoint with a lower "
-                "optimizer.lr or optimizer.clip, as a new run"
-            )
+        self._check_finite(means)
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -202,14 +201,39 @@ class Loop:
             for turn in range(rounds):
                 index = turn * processes.count + processes.rank
                 batch = plan.batch(min(index, num_micro - 1))
+                self._name_held_out(batch.skipped if index < num_micro else [])
                 sums.add(self.training.validate(batch), weight=float(index < num_micro) * len(batch.positions))
         means = {f"validation_{name}": value for name, value in sums.means(processes.sum).items()}
         if self.journal is not None:
             self.journal.write(self.step, self.done, means)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done."""
-        self.checkpoints.save(self.step, self.state, {"num_skipped": self.num_skipped, "minutes": self.minutes})
+        """Write a checkpoint of the steps done, and what the next line of the log has of them.
+
+        Raises:
+            ValueError: a loss or gradient since the last line was not finite: the weights are spoilt.
+            CheckpointError: it could not be written.
+        """
+        totals = {name: total.tolist() for name, total in self.sums.totals(self.processes.sum).items()}
+        self._check_finite({name: total[0] for name, total in totals.items()})
+        facts = {"num_skipped": self.num_skipped, "minutes": self.minutes, "sums": totals}
+        self.checkpoints.save(self.step, self.state, facts)
+
+    def _restore_sums(self, totals: dict[str, list]) -> None:
+        """Go on from the sums of all processes: the first one has them, the others nothing of them."""
+        device, share = self.processes.device, float(self.processes.first)
+        both = {name: torch.tensor(total, dtype=torch.float64, device=device) for name, total in totals.items()}
+        self.sums.restore({name: total * share for name, total in both.items()})
+
+    def _check_finite(self, values: Mapping[str, Any]) -> None:
+        """Raise ValueError for a loss or gradient norm, mean or sum, that is not finite."""
+        for name in sorted(values, reverse=True):  # the loss first
+            value = values[name]
+            if name.startswith(_FINITE) and not math.isfinite(value):
+                raise ValueError(
+                    f"the {name.replace('_', ' ')} of step {self.step} or shortly before is {value}; begin a new run "
+                    "with a lower optimizer.lr or optimizer.clip (the last checkpoint is still good)"
+                )
 
     @contextlib.contextmanager
     def for_use(self) -> Iterator[None]:
@@ -223,6 +247,13 @@ class Loop:
         finally:
             for module in modules:
                 module.train()
+
+    def _name_held_out(self, skipped: list[str]) -> None:
+        """Held-out pairs that are replaced, each named once: every validation meets them again."""
+        for name in skipped:
+            if name not in self._skipped_held_out:
+                logger.warning("skipped held-out %s", name)
+                self._skipped_held_out.add(name)
 
     def _note_skipped(self, batch: MicroBatch) -> None:
         for name in batch.skipped:

@@ -1,4 +1,7 @@
-"""The training objective: one cross-entropy a bit, scales weighted (paper section 3.1, as in the released code)."""
+"""The training objective: one cross-entropy a bit, scales weighted (paper section 3.1, as in the released code).
+
+And the tokenizer's loss of detail.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -49,3 +52,13 @@ def bit_accuracy(logits_BLC2: Tensor, bits_BLC: Tensor, schedule: ScaleSchedule)
     """Share of bits predicted right at each scale, float32 (num_scales,)."""
     right_BLC = (logits_BLC2[..., 1] > logits_BLC2[..., 0]) == bits_BLC
     return torch.stack([part.float().mean() for part in right_BLC.split(list(schedule.num_tokens), dim=1)])
+
+
+def laplacian_loss(predicted: Tensor, target: Tensor, num_levels: int = 4) -> Tensor:
+    """L1 on a Laplacian pyramid, every level with the same weight: fine detail counts as much as layout."""
+    difference, loss = predicted - target, predicted.new_zeros(())
+    for _ in range(num_levels):
+        coarse = F.avg_pool2d(difference, 2, ceil_mode=True, count_include_pad=False)
+        loss = loss + (difference - F.interpolate(coarse, size=difference.shape[-2:], mode="bilinear")).abs().mean()
+        difference = coarse
+    return loss + difference.abs().mean()

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from varedit.runtime import computes_bfloat16
 
@@ -31,6 +32,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized, for parameters of two or more dimensions (a convolution is flattened to a matrix).
 
     torch.optim.Muon takes two-dimensional parameters only, and the image tokenizer is all convolutions.
+
+    Weights may be sharded by FSDP2. A matrix must be orthogonalized whole: each process gathers the update,
+    orthogonalizes it and keeps its own part. The work is repeated on every process; it does not depend on the batch and
+    is small beside a step of a large one.
     """
 
     def __init__(self, parameters: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -47,10 +52,16 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 nesterov = parameter.grad.lerp(momentum, group["momentum"])
-                update = orthogonalize(nesterov.flatten(1))
+                whole = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
+                update = orthogonalize(whole.flatten(1))
                 rows, columns = update.shape
+                update = update.view_as(whole)
+                if isinstance(parameter, DTensor):
+                    mesh = parameter.device_mesh
+                    update = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
+                    update = update.redistribute(placements=parameter.placements)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+                parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
 def muon_and_adamw(

@@ -27,6 +27,7 @@ from varedit.data.shards import (
     read_sample,
     samples,
 )
+from varedit.data.shards import INDEX as SHARD_INDEX
 
 _SIDES = {"source": "src", "target": "tgt", "mask": "mask"}
 
@@ -99,19 +100,31 @@ def read_entry_features(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor
         return read_features(stream.read(size))
 
 
-def save_entries(entries: list[dict[str, Any]], path: Path) -> str:
-    """Write entries, in place at once; returns their SHA-256, the fingerprint of the data."""
-    text = json.dumps(entries, ensure_ascii=False)
+def pairs_origin(folder: Path) -> dict[str, str]:
+    """Which pairs a scan of this folder is of: the folder, and the SHA-256 of the file that lists its pairs."""
+    listing = INDEX if (folder / INDEX).is_file() else SHARD_INDEX
+    with (folder / listing).open("rb") as stream:
+        return {"folder": str(folder), listing: hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def save_entries(entries: list[dict[str, Any]], origin: dict[str, str], path: Path) -> None:
+    """Write entries and, in a line before them, the `pairs_origin` that they are of; whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(f"{json.dumps(origin)}\n{json.dumps(entries, ensure_ascii=False)}", encoding="utf-8")
     os.replace(partial, path)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_entries(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """What `save_entries` wrote, and its fingerprint."""
-    text = path.read_text(encoding="utf-8")
+    """What `save_entries` wrote, and its SHA-256, the fingerprint of the data."""
+    text = path.read_text(encoding="utf-8").rpartition("\n")[2]
     return json.loads(text), hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_origin(path: Path) -> dict[str, str] | None:
+    """The origin that `save_entries` wrote; None in the run folders of earlier versions, which have none."""
+    with path.open(encoding="utf-8") as stream:
+        first = stream.read(1)  # a scan without origin is one long line
+        return None if first == "[" else json.loads(first + stream.readline())
 
 
 def _scan_folder(folder: Path) -> Iterator[dict[str, Any] | Skipped]:

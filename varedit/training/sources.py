@@ -15,7 +15,7 @@ from varedit.data.features import model_sha256, stored_facts
 from varedit.data.shards import is_packed
 from varedit.training.config import DataConfig, RunConfig
 from varedit.training.data import IndexedPairs, Pairs, WorldPairs, stream_seed
-from varedit.training.pair_index import check_pairs, load_entries, save_entries, scan
+from varedit.training.pair_index import check_pairs, load_entries, load_origin, pairs_origin, save_entries, scan
 from varedit.training.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -28,14 +28,16 @@ def open_pairs(
 ) -> tuple[Pairs, Pairs | None]:
     """Pairs to train on and held-out pairs (None if the config wants none); writes `data.json` of the run.
 
-    A folder is scanned once, by the first process; a resumed run reads the scan again.
+    A folder is scanned once, by the first process; a resumed run reads the scan again, unless the file that lists the
+    pairs, or the folder for validation, is another than was scanned.
 
     Args:
         models: the frozen "image_tokenizer" and "text_encoder" of the run, whose features are used where shards hold
             them. None leaves stored features alone.
 
     Raises:
-        ValueError: the data cannot be used, or has changed since the run began; stored features are of other models.
+        ValueError: the data cannot be used, has changed since the run began, or another number of its pairs would be
+            held out; stored features are of other models.
     """
     data = config.data
     for place in (data.source if data.source != "world" else None, data.validation if data.validation_count else None):
@@ -55,6 +57,7 @@ def open_pairs(
         facts |= {"pairs": len(entries), "stored_features": use_features}
         order = np.random.default_rng(stream_seed("held out", config.seed)).permutation(len(entries))
         count = 0 if data.validation else min(data.validation_count, len(entries) // 2)
+        facts["held_out"] = count
         if not data.validation and count < data.validation_count:
             logger.warning("of %d pairs only %d are held out for validation", len(entries), count)
         kept = sorted(order[count:])
@@ -81,13 +84,23 @@ def _open_world(config: RunConfig, seed: int, split: Literal["train", "test"]) -
 
 
 def _entries(source: Path, index: Path, config: RunConfig, processes: Processes) -> tuple[list[dict[str, Any]], str]:
-    if processes.first and not index.exists():
+    if processes.first and not _is_scanned(source, index):
+        origin = pairs_origin(source)
         entries, tally = scan(source, config.data.max_bad_fraction)
         logger.info("%s: %s", source, tally.summary())
         index.parent.mkdir(parents=True, exist_ok=True)
-        save_entries(entries, index)
+        save_entries(entries, origin, index)
     processes.barrier()
     return load_entries(index)
+
+
+def _is_scanned(source: Path, index: Path) -> bool:
+    """Whether the stored scan is of these very pairs."""
+    if not index.exists():
+        return False
+    origin = load_origin(index)
+    # Earlier versions did not store it. What is trained on cannot be another folder, what validates can.
+    return index.name == _INDEX if origin is None else origin == pairs_origin(source)
 
 
 def _has_features(folder: Path, data: DataConfig, models: dict[str, nn.Module] | None) -> bool:
@@ -116,6 +129,12 @@ def _write_facts(path: Path, facts: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["fingerprint"] != facts["fingerprint"]:
             raise ValueError(f"the data {facts['source']!r} has changed since this run began; begin a new run")
+        now, then = facts.get("held_out"), before.get("held_out", facts.get("held_out"))
+        if now != then:  # the run would be trained on other pairs, among them some that were held out
+            raise ValueError(
+                f"the run holds out {then} pairs of {facts['source']!r}, this config {now}; give data.validation and "
+                "data.validation_count as in the run's config.yaml, or begin a new run"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")

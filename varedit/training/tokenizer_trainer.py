@@ -18,6 +18,7 @@ from varedit.scales import ScaleSchedule
 from varedit.training.config import TokenizerConfig
 from varedit.training.data import HeldOut, MicroBatch, Plan, stream_seed
 from varedit.training.journal import Journal
+from varedit.training.objective import laplacian_loss
 from varedit.training.pictures import contact_sheet
 from varedit.training.precision import autocast
 from varedit.training.processes import Processes
@@ -224,16 +225,6 @@ def _entropy(share: Tensor) -> Tensor:
     """Of a coin, in bits."""
     share = share.clamp(1e-6, 1 - 1e-6)
     return -(share * share.log2() + (1 - share) * (1 - share).log2())
-
-
-def laplacian_loss(predicted: Tensor, target: Tensor, num_levels: int = 4) -> Tensor:
-    """L1 on a Laplacian pyramid, every level with the same weight: fine detail counts as much as layout."""
-    difference, loss = predicted - target, predicted.new_zeros(())
-    for _ in range(num_levels):
-        coarse = F.avg_pool2d(difference, 2, ceil_mode=True, count_include_pad=False)
-        loss = loss + (difference - F.interpolate(coarse, size=difference.shape[-2:], mode="bilinear")).abs().mean()
-        difference = coarse
-    return loss + difference.abs().mean()
 
 
 def psnr(predicted: Tensor, image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From gradients to new weights: parameter groups, learning rates, clipping, Muon on sharded weights, the average."""
+"""From gradients to new weights: parameter groups, learning rates, clipping, the average."""
 
 import contextlib
 import math
@@ -6,46 +6,19 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from varedit.training.config import OptimizerConfig
-from varedit.training.optimizer import Muon, orthogonalize
+from varedit.training.optimizer import Muon
 from varedit.training.processes import Processes, local
 
 NOT_DECAYED = ("modulation_table", "level_embed", "null_text", "query")
 """Tables of more than one dimension that are not matrices; vectors are never decayed."""
 
-STATE = {"ShardedMuon": ("momentum",), "AdamW": ("step", "exp_avg", "exp_avg_sq")}
+STATE = {"Muon": ("momentum",), "AdamW": ("step", "exp_avg", "exp_avg_sq")}
 """What an optimizer remembers of each parameter, by class."""
 
 _LEAST_SIDE = 16
-
-
-class ShardedMuon(Muon):
-    """Muon that also takes weights sharded by FSDP2.
-
-    A matrix must be orthogonalized whole: each process gathers the update, orthogonalizes it and keeps its own part.
-    The work is repeated on every process; it does not depend on the batch and is small beside a step of a large one.
-    """
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                nesterov = parameter.grad.lerp(momentum, group["momentum"])
-                whole = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
-                update = orthogonalize(whole.flatten(1))
-                factor = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                update = update.view_as(whole)
-                if isinstance(parameter, DTensor):
-                    mesh = parameter.device_mesh
-                    update = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
-                    update = update.redistribute(placements=parameter.placements)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * factor)
 
 
 def trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -73,7 +46,7 @@ def build_optimizers(modules: Mapping[str, nn.Module], config: OptimizerConfig) 
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(ShardedMuon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps))
     for optimizer in optimizers:
