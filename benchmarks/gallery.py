@@ -27,7 +27,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from varedit.data.synthetic import Pair
-from varedit.editing.durable import write_durably
+from varedit.durable import write_durably
 from varedit.editing.edit import EditRequest, apply_edits
 from varedit.evaluation.checker import Verdict
 from varedit.evaluation.held_out import HeldOut

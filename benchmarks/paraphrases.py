@@ -24,7 +24,7 @@ from varedit.data.synthetic import Pair, grammar, vocabulary
 from varedit.data.synthetic.phrases import STUFF
 from varedit.data.synthetic.scene import Item
 from varedit.data.synthetic.stage import SPOT_WORDS
-from varedit.editing.durable import write_durably
+from varedit.durable import write_durably
 from varedit.editing.edit import EditRequest, apply_edits
 from varedit.evaluation.held_out import HeldOut, objects_of
 from varedit.evaluation.scores import bootstrap

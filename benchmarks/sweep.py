@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from varedit.editing.durable import write_durably
+from varedit.durable import write_durably
 from varedit.editing.edit import EditRequest, Settings, apply_edits
 from varedit.evaluation.checker import Verdict
 from varedit.evaluation.held_out import HeldOut

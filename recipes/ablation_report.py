@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from varedit.editing.durable import write_durably
+from varedit.durable import write_durably
 from varedit.image_writer import encode_image
 
 REFERENCES = ("sar-1", "fixed_offset")

@@ -139,6 +139,7 @@ def test_a_folder_is_its_pictures(pictures):
         ("a.jsonl", "[1]", "line 1 is no object"),
         ("a.jsonl", '{"image": "a", "instruction": "x", "mask_convention": "black"}', "line 1: mask_convention"),
         ("a.jsonl", '{"instruction": "x"}', "line 1: image is missing"),
+        ("a.jsonl", '{"image": "", "instruction": "x"}', "line 1: image is missing"),
         ("a.jsonl", '{"image": "a.png"}', "line 1: instruction is missing"),
         ("a.jsonl", '{"image": "a.png", "instruction": " "}', "is empty"),
         ("a.jsonl", '{"image": 3, "instruction": "x"}', "image 3"),
@@ -165,6 +166,14 @@ def test_unusable_lists_are_named(name, content, named, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_empty_values_are_missing_ones(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "instruction": "", "seed": "", "mask": "", "output": ""}')
+    (tmp_path / "a.csv").write_text("image,instruction,seed,mask,output\na.png,,,,\n")
+    for name in ("a.jsonl", "a.csv"):
+        (job,) = read_jobs(tmp_path / name, instruction="blur", seed=4)
+        assert (job.instruction, job.seed, job.mask, job.output) == ("blur", 4, None, "a.edited.png")
+
+
 def test_columns_not_used_are_named_once(tmp_path, caplog):
     (tmp_path / "a.csv").write_text("image,instruction,author\na.png,x,me\nb.png,x,me\n")
     assert len(read_jobs(tmp_path / "a.csv")) == 2
@@ -179,6 +188,16 @@ def test_lists_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="--instruction"):
         read_jobs(tmp_path)
     with pytest.raises(ValueError, match="nothing to do"):
+        read_jobs(tmp_path, instruction="blur")
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", forbidden)  # tests may run as the superuser, who may read anything
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(ValueError, match=f"{tmp_path.name}' cannot be read .Permission denied"):
         read_jobs(tmp_path, instruction="blur")
 
 
@@ -203,6 +222,18 @@ def test_a_turned_photo_is_grouped_upright(tmp_path):
     Image.new("RGB", (90, 60)).save(tmp_path / "a.jpg", exif=exif)
     Image.new("RGB", (60, 90)).save(tmp_path / "b.jpg")
     assert len(group_jobs(read_jobs(tmp_path, instruction="blur"), 128, 2)) == 1
+
+
+def test_pictures_that_no_codec_can_make_out_do_not_end_the_batch(tmp_path):
+    header = bytearray(128)
+    header[:4], header[84:88] = b"DDS ", b"ZZZZ"  # a pixel format that nobody knows
+    header[4], header[12], header[16], header[76], header[80] = 124, 8, 8, 32, 4
+    (tmp_path / "odd.dds").write_bytes(header)
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*")  # ends in its header
+    Image.new("RGB", (90, 60)).save(tmp_path / "b.jpg")
+    (tmp_path / "jobs.csv").write_text("image,instruction\nodd.dds,blur\na.jpg,blur\nb.jpg,blur\n")
+    chunks = group_jobs(read_jobs(tmp_path / "jobs.csv"), 128, 2)
+    assert [[job.image.name for job in chunk] for chunk in chunks] == [["a.jpg", "b.jpg"], ["odd.dds"]]
 
 
 # -- running
@@ -292,6 +323,34 @@ def test_a_model_changed_meanwhile_is_noticed(file, values, named, finished, job
     assert len(prepare_output(tmp_path / "out", jobs, options, resume=True)) == 2
 
 
+def test_what_was_changed_since_it_was_recorded_is_kept(finished, jobs, options, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    mine = folder / "wide.edited.png"
+    changed = mine.read_bytes() + b"a caption"  # pixels and manifest stay
+    mine.write_bytes(changed)
+    assert read_manifest(mine).instruction == jobs[0].instruction
+    with pytest.raises(ValueError, match=r"wide\.edited\.png' exists already.*move it away.*--overwrite"):
+        prepare_output(folder, jobs, options, resume=True)
+    assert mine.read_bytes() == changed
+    assert jobs[0] in prepare_output(folder, jobs, replace(options, overwrite=True), resume=True)
+    mine.rename(tmp_path / "kept.png")
+    assert jobs[0] in prepare_output(folder, jobs, options, resume=True)
+
+
+def test_a_batch_that_never_began_costs_no_record(finished, jobs, options, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    before = (folder / RESULTS).read_bytes()
+    anew = replace(options, overwrite=True)
+    todo = prepare_output(folder, jobs, anew)
+    with pytest.raises(ValueError, match="nowhere"):
+        run_batch(todo, folder, replace(anew, model=str(tmp_path / "nowhere")), anew=True)
+    assert (folder / RESULTS).read_bytes() == before
+    run_batch(todo[:1], folder, anew, anew=True)
+    assert [record["output"] for record in read_results(folder)] == ["wide.edited.png"]
+
+
 def test_a_disk_full_at_the_record_is_named(jobs, options, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -307,7 +366,7 @@ def test_a_batch_that_replaces_can_be_resumed(finished, jobs, singles, options, 
     shutil.copytree(finished, folder)
     options = replace(options, overwrite=True)
     older = [replace(job, instruction="sharpen") for job in jobs]
-    run_batch(prepare_output(folder, older, options)[:3], folder, options)
+    run_batch(prepare_output(folder, older, options)[:3], folder, options, anew=True)
     todo = prepare_output(folder, jobs, options, resume=True)
     assert len(todo) == len(jobs)  # the record is of another instruction
     with pytest.raises(ValueError, match="exists already"):
@@ -359,7 +418,9 @@ def test_masks_may_be_transparent_where_the_edit_goes(pictures, options, tmp_pat
     first, second = (load_image(output / name).rgb for name in ("white.png", "clear.png"))
     assert np.array_equal(np.asarray(first), np.asarray(second))
     assert prepare_output(output, jobs, options, resume=True) == []
-    assert prepare_output(output, [every[0]], options, resume=True) == [every[0]]
+    with pytest.raises(ValueError, match=r"white\.png' exists already"):  # the file is the other convention's
+        prepare_output(output, [every[0]], options, resume=True)
+    assert prepare_output(output, [every[0]], replace(options, overwrite=True), resume=True) == [every[0]]
 
 
 def test_what_nobody_foresaw_fails_by_itself(jobs, options, tmp_path):

@@ -94,7 +94,11 @@ def test_without_a_manifest_there_is_none(varedit, model, photo, tmp_path):
     for name in ("a.png", "a.tiff"):
         assert varedit("edit", photo, "blur", "--seed=3", "-o", tmp_path / name, "--no-manifest", *model).code == 0
         varedit("replay", tmp_path / name, *model).assert_refused("no manifest")
-    assert not (tmp_path / "a.tiff.varedit.json").exists()
+    side = tmp_path / "a.tiff.varedit.json"
+    assert not side.exists()
+    edit = ["edit", photo, "blur", "--seed=4", "-o", tmp_path / "a.tiff", *model]
+    assert varedit(*edit, "--overwrite").code == 0 and side.exists()
+    assert varedit(*edit, "--overwrite", "--no-manifest").code == 0 and not side.exists()
 
 
 def test_16_bits_stay_or_are_said_to_go(varedit, model, tmp_path):
@@ -140,7 +144,8 @@ def test_edit_refuses_before_the_model_is_loaded(varedit, photo, tmp_path):
     varedit(*edit, "--best-of=0").assert_refused("best of 0", "64")
     varedit(*edit, "--box=inf,1,2,2").assert_refused("inf,1,2,2", "X,Y,WIDTH,HEIGHT")
     (tmp_path / "a.tiff.varedit.json").write_text("precious")
-    varedit(*edit, "-o", tmp_path / "a.tiff").assert_refused("a.tiff.varedit.json", "exists already")
+    for more in ([], ["--no-manifest"]):
+        varedit(*edit, *more, "-o", tmp_path / "a.tiff").assert_refused("a.tiff.varedit.json", "exists already")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.tiff.varedit.json", "empty.png", "photo.png", "tall.png",
     ]  # fmt: skip
@@ -271,6 +276,7 @@ def test_replay_and_batch_refuse(varedit, photo, tmp_path):
     varedit("batch", tmp_path, "-o", tmp_path / "o").assert_refused("--instruction")
     common = ["batch", tmp_path, "-o", tmp_path / "o", "--instruction=x"]
     varedit(*common, "--mask-convention=transparent").assert_refused("--mask-convention transparent", "no job")
+    varedit(*common, "--mask-margin=4").assert_refused("--mask-margin 4", "no job")
     varedit(*common, "--workers=0").assert_refused("num_workers 0")
     varedit(*common, "--size=5").assert_refused("size 5")
     varedit(*common, "--model", "/nowhere").assert_refused("/nowhere")

@@ -265,6 +265,17 @@ def test_colour_profiles():
     assert same(broken.rgb, image) and "unusable colour profile" in broken.notes[0]
 
 
+def test_a_linear_profile_called_srgb_is_converted():
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for at in range(132, 132 + 12 * struct.unpack(">I", data[128:132])[0], 12):
+        if data[at : at + 4] in (b"rTRC", b"gTRC", b"bTRC"):
+            curve = struct.unpack(">I", data[at + 4 : at + 8])[0]
+            data[curve + 8 : curve + 16] = struct.pack(">HHi", 0, 0, 1 << 16)  # a power: 1.0
+    loaded = load_image(encoded(Image.new("RGB", (8, 8), (128, 0, 255)), "PNG", icc_profile=bytes(data)))
+    assert "'sRGB built-in' converted to sRGB" in loaded.notes[0]
+    assert np.abs(np.asarray(loaded.rgb).astype(int) - (188, 0, 255)).max() <= 1
+
+
 def wide_gamut_profile() -> bytes:
     """A minimal matrix profile with linear light and the sRGB primaries' red and blue swapped: easy to recognise."""
     source = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -131,6 +131,23 @@ def test_exif_travels_without_orientation(tmp_path, suffix, source_format):
     assert load_image(path).rgb.size == (24, 40)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_another_files_layout_in_the_exif_does_not_describe_a_tiff(format):
+    exif = Image.Exif()
+    exif[256], exif[257], exif[262], exif[0x0110] = 7, 5, 6, "camera"  # width, height, YCbCr
+    source = load_image(encoded(photo(40, 24), format, exif=exif.tobytes()))
+    with Image.open(io.BytesIO(encode_image(source.rgb, "tiff", source))) as image:
+        assert image.getexif()[0x0110] == "camera" and same(image, source.rgb)
+
+
+@pytest.mark.parametrize(("mode", "compression"), [("1", "group4"), ("RGB", "jpeg")])
+def test_a_copy_of_the_source_is_not_written_as_its_file_was(mode, compression):
+    data = encoded(photo(40, 24).convert(mode), "TIFF", compression=compression, icc_profile=b"unusable")
+    source = load_image(data)
+    with Image.open(io.BytesIO(encode_image(source.rgb.copy(), "tiff", source))) as image:
+        assert same(image, source.rgb) and "icc_profile" not in image.info
+
+
 def test_exif_too_long_for_a_jpeg_is_left_out_and_said(caplog):
     exif = Image.Exif()
     exif[0x010E] = "x" * 70_000

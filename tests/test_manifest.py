@@ -161,6 +161,28 @@ def test_nothing_is_overwritten_unasked(tmp_path, edit, manifest):
         check_side_file(tmp_path / "b.bmp", overwrite=True)
 
 
+def test_a_disk_full_leaves_the_old_picture_and_its_manifest(tmp_path, edit, manifest, monkeypatch):
+    path = save_with_manifest(edit.image, tmp_path / "a.tiff", manifest)
+    before = {item: item.read_bytes() for item in tmp_path.iterdir()}
+    written, fsync = [], os.fsync
+
+    def full_at_the_second(descriptor):
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_second)
+    with pytest.raises(ImageError, match=r"a\.tiff' cannot be written \(No space left"):
+        save_with_manifest(Image.new("RGB", SIZE), path, replace(manifest, seed=6), overwrite=True)
+    assert {item: item.read_bytes() for item in tmp_path.iterdir()} == before and len(before) == 2
+
+
+def test_a_name_too_long_for_a_side_file_has_none(tmp_path):
+    path = save_image(Image.new("RGB", (4, 4)), tmp_path / ("a" * 246 + ".png"))
+    assert read_manifest(path) is None
+
+
 def test_pictures_without_manifest_and_strangers_metadata(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert read_manifest(tmp_path / "a.png") is None

@@ -119,6 +119,18 @@ def test_other_kinds_of_keys_sign(varedit, edited, tmp_path, kind):
     assert actions(file)[0] == "Valid"
 
 
+def test_a_full_disk_leaves_the_unsigned_file(varedit, edited, signer, monkeypatch):
+    file = edited("edited.png")
+    before = file.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    varedit("sign", file, "--overwrite", *signer).assert_refused("edited.png", "No space left")
+    assert file.read_bytes() == before
+
+
 def test_what_cannot_be_signed_is_refused_and_left_alone(varedit, edited, signer, tmp_path):
     file = edited("edited.png")
     before = file.read_bytes()

@@ -116,6 +116,13 @@ def test_export_is_the_step_with_the_originals_metadata(chain, tmp_path):
     assert load_image(tmp_path / "a.png").rgb.tobytes() == written.rgb.tobytes()
 
 
+def test_an_export_without_a_manifest_leaves_none_of_an_earlier_one(chain, tmp_path):
+    path = chain.export(tmp_path / "a.tiff", 1)
+    assert read_manifest(path) == chain.steps[1].manifest
+    chain.export(path, 0, overwrite=True)
+    assert read_manifest(path) is None and list(tmp_path.iterdir()) == [path]
+
+
 def test_sixteen_bits_a_channel_stay_so(pipeline, tmp_path):
     values = np.random.default_rng(0).integers(0, 65536, (*SIZE[::-1], 3), np.uint16)
     save_image(values, tmp_path / "photo.png")
@@ -380,6 +387,10 @@ def test_a_full_disk_changes_nothing(copy, pipeline, monkeypatch):
         session.add(result, manifest)
     with pytest.raises(SessionError, match="No space left"):
         Session.create(copy.parent / "new", session.original)
+    with pytest.raises(SessionError, match="cannot be written .No space left"):
+        session.undo()
+    with pytest.raises(SessionError, match="cannot be written .No space left"):
+        session.branch(2)
     monkeypatch.undo()
     assert list(copy.parent.iterdir()) == [copy]
     assert session.head == 3 and sorted(session.steps) == [1, 2, 3]

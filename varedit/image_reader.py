@@ -29,6 +29,8 @@ CODEC_ERRORS = (
 )
 """What readers and writers of images raise on damaged input; the set is wide, for every format has its own parser."""
 
+_SRGB_TOLERANCE = 2  # levels of 255: profiles of sRGB round its curve and its primaries differently
+
 _TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -287,7 +289,7 @@ def _split(image: Image.Image, label: str) -> tuple[Image.Image, Image.Image | N
 
 
 def _to_srgb(color: _Color, icc_profile: bytes | None, notes: list[str]) -> _Color:
-    """Colour -> RGB in sRGB. An sRGB profile changes no value; an unusable one is noted.
+    """Colour -> RGB in sRGB. A profile that is sRGB, by whatever name, changes no value; an unusable one is noted.
 
     Args:
         color: mode L, RGB or CMYK; or uint16 (H, W, 1) or (H, W, 3).
@@ -299,25 +301,36 @@ def _to_srgb(color: _Color, icc_profile: bytes | None, notes: list[str]) -> _Col
         name = ImageCms.getProfileDescription(profile).strip()
         if profile.profile.xcolor_space.strip() == "RGB":
             color = _as_rgb(color)  # a grayscale or palette image may carry an RGB profile
-            if name.startswith("sRGB"):
+            if _is_srgb(profile):
                 return color
         converted = (
-            sixteen_bit.to_srgb(color, icc_profile)
-            if isinstance(color, np.ndarray)
-            else ImageCms.profileToProfile(
-                color,
-                profile,
-                ImageCms.createProfile("sRGB"),
-                renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                outputMode="RGB",
-                flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-            )
+            sixteen_bit.to_srgb(color, icc_profile) if isinstance(color, np.ndarray) else _convert(color, profile)
         )
     except CODEC_ERRORS as error:
         notes.append(f"unusable colour profile ignored ({reason(error)})")
         return _as_rgb(color)
-    assert converted is not None  # None only when converting in place
     notes.append(f"colour profile {name!r} converted to sRGB")
+    return converted
+
+
+def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
+    """By what it makes of grays and primaries: "sRGB-elle-V2-g10" is linear, and many an sRGB has another name."""
+    ramp = np.arange(0, 256, 5)[:, None]
+    colors = np.stack([ramp * one for one in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1))]).astype(np.uint8)
+    converted = np.asarray(_convert(Image.fromarray(colors), profile))
+    return bool(np.abs(converted.astype(int) - colors).max() <= _SRGB_TOLERANCE)
+
+
+def _convert(color: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    converted = ImageCms.profileToProfile(
+        color,
+        profile,
+        ImageCms.createProfile("sRGB"),
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        outputMode="RGB",
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    assert converted is not None  # None only when converting in place
     return converted
 
 

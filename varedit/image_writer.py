@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import os
-import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, features
 
 from varedit import sixteen_bit
+from varedit.durable import write_durably
 from varedit.image_reader import CODEC_ERRORS, ImageError, LoadedImage, reason
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def encode_image(image: Image.Image | np.ndarray, format: str, like: LoadedImage
             formats hold 8 bits a channel, with a logged note.
         format: a suffix or Pillow's name of it: "png", ".jpg", "JPEG", "webp", "avif", "tiff", "bmp".
         like: the source: its alpha is attached again where the format can hold it (else the image is laid on white,
-            with a logged note), and its EXIF is kept.
+            with a logged note), and its EXIF is kept, in a TIFF as far as it describes the picture.
 
     Raises:
         ImageError: unsupported format, alpha of another size, or an image the format cannot hold.
@@ -80,15 +81,28 @@ def _encode_8_bit(image: Image.Image | np.ndarray, name: str, alpha: Image.Image
         logger.warning("%s holds 8 bits a channel: reduced from 16; save as PNG or TIFF to keep them", name)
         image = Image.fromarray(sixteen_bit.to_8_bit(image))
     image = image.convert("RGB")
+    # A copy of the source brings its file's compression and colour profile, which are not those of these pixels.
+    image.info = {}
     if alpha is not None and name in _ALPHA_FORMATS:
         image.putalpha(alpha)
     elif alpha is not None and alpha.getextrema() != (255, 255):
         logger.warning("%s cannot hold transparency: laid on white; save as PNG to keep it", name)
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-    options = dict(_SAVE_OPTIONS.get(name, {})) | ({"exif": exif} if exif else {})
+    options = dict(_SAVE_OPTIONS.get(name, {}))
+    if exif:
+        options["exif"] = _describing(exif) if name == "TIFF" else exif
     buffer = io.BytesIO()
     image.save(buffer, name, **options)
     return buffer.getvalue()
+
+
+def _describing(exif: bytes) -> Image.Exif:
+    """The tags that a TIFF may have from another file: the rest would overwrite its own width, height and layout."""
+    tags = Image.Exif()
+    tags.load(exif)
+    for tag in set(tags) - sixteen_bit.TIFF_TAGS_KEPT:
+        del tags[tag]
+    return tags
 
 
 def _format_name(format: str) -> str:
@@ -146,18 +160,17 @@ def save_image(
     path = Path(path)
     check_output(path, format=format, overwrite=overwrite)
     data = encode_image(image, path.suffix if format is None else format, like)
-    target = path.resolve()  # through a symbolic link to the file itself: os.replace would replace the link
-    temporary = target.parent / f".varedit-{secrets.token_hex(8)}.tmp"  # same folder: a rename must not cross disks
+    with writing(path):
+        write_durably(path, data)
+    return path
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns an OSError, such as that of a full disk, into an ImageError that names the output."""
     try:
-        # Not tempfile: its files are private to their owner, and this one becomes the user's.
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, target)
+        yield
     except OSError as error:
         raise ImageError(
-            f"output {str(path)!r} cannot be written ({reason(error)}); free some space or choose another folder"
+            f"output {os.fspath(path)!r} cannot be written ({reason(error)}); free some space or choose another folder"
         ) from error
-    finally:  # also when interrupted; after the rename there is nothing left to remove
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return path

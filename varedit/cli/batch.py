@@ -76,6 +76,8 @@ def batch(  # noqa: PLR0913 - one argument an option
     listed = read_jobs(jobs, instruction=instruction, seed=seed, mask_convention=mask_convention)
     if mask_convention != "white" and not any(job.mask for job in listed):
         raise ValueError(f"--mask-convention {mask_convention} is about masks, and no job in {jobs.name} has one")
+    if mask_margin and not any(job.mask for job in listed):
+        raise ValueError(f"--mask-margin {mask_margin} grows masks, and no job in {jobs.name} has one")
     if jobs.is_dir() and output.resolve() == jobs.resolve():
         raise ValueError(f"--output {str(output)!r} is the folder of the pictures itself; name another")
 
@@ -90,14 +92,14 @@ def batch(  # noqa: PLR0913 - one argument an option
         require_ray()
         run = run_on_ray
     todo = prepare_output(output, listed, how, resume=resume)
-    failed = _run(todo, output, how, run) if todo else 0
+    failed = _run(todo, output, how, run, anew=not resume) if todo else 0
     skipped = f", {len(listed) - len(todo)} were done before" if len(todo) < len(listed) else ""
     typer.echo(f"{output}: {len(todo) - failed} edited, {failed} failed{skipped}")
     if failed:
         raise typer.Exit(SOME_FAILED)
 
 
-def _run(todo: "list[Job]", output: Path, how: "BatchOptions", run: "Runner") -> int:
+def _run(todo: "list[Job]", output: Path, how: "BatchOptions", run: "Runner", *, anew: bool) -> int:
     """Run with progress on stderr; returns how many failed, each of which has been named there."""
     from rich.console import Console
     from rich.markup import escape
@@ -125,7 +127,7 @@ def _run(todo: "list[Job]", output: Path, how: "BatchOptions", run: "Runner") ->
                 console.print(f"{done} of {len(todo)}, {left}")
                 told = now
 
-        run_batch(todo, output, how, on_result=report, run=run)
+        run_batch(todo, output, how, anew=anew, on_result=report, run=run)
     return failed
 
 

@@ -81,12 +81,12 @@ def edit(  # noqa: PLR0913 - one argument an option
     result = _edit(pipeline, source, instruction, seed, settings, area, best_of)
     edited = time.monotonic()
 
-    from varedit.editing.manifest import make_manifest, save_with_manifest
+    from varedit.editing.manifest import make_manifest, save_with_manifest, save_without_manifest
     from varedit.editing.mask import parse_polygon
     from varedit.image_writer import save_image
 
     if no_manifest:
-        save_image(result.pixels, target, source, overwrite=overwrite)
+        save_without_manifest(result.pixels, target, source, overwrite=overwrite)
     else:
         manifest = make_manifest(
             result,
@@ -115,11 +115,11 @@ def check_outputs(target: Path, change_map: Path | None, *, overwrite: bool, man
         if os.path.exists(path) and not overwrite:  # unlike Path.exists it bears names that are too long
             raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or another name")
         check_output(path, overwrite=overwrite)
-    if manifest:
-        from varedit.editing.manifest import EMBEDDING_SUFFIXES, check_side_file
+    from varedit.editing.manifest import EMBEDDING_SUFFIXES, check_side_file
 
-        if target.suffix.lower() not in EMBEDDING_SUFFIXES:
-            check_side_file(target, overwrite=overwrite)
+    # Without a manifest one that lies there would be taken for that of the new picture.
+    if not manifest or target.suffix.lower() not in EMBEDDING_SUFFIXES:
+        check_side_file(target, overwrite=overwrite)
 
 
 def describe(result: "EditResult") -> list[str]:

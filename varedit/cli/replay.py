@@ -86,7 +86,7 @@ def _replay_picture(
     done = replay_edit(manifest, source, pipeline, area)
     found = list(done.differences)
     picture = file.with_name(file.name.removesuffix(SIDE_SUFFIX))
-    if done.same and done.result is not None and picture.is_file():
+    if done.same and done.result is not None and os.path.isfile(picture):
         found += check_file(picture, done.result)
     if output is not None and done.result is not None:
         mask_of = manifest.mask or {}
@@ -130,7 +130,7 @@ def _replay_session(folder: Path, model: str | None, device: str | None, dtype: 
 
 def _beside(file: Path, name: str | None, what: str) -> Path:
     path = file.with_name(Path(name).name) if name else None
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):  # unlike Path.is_file it bears names that are too long
         found = f"{name!r} is not beside it" if name else "its manifest does not name it"
         raise ValueError(f"the {what} of {str(file)!r} is missing: {found}; pass --{what} FILE")
     return path

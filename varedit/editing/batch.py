@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from varedit.editing.durable import TEMPORARY
+from varedit.durable import TEMPORARY, write_durably
 from varedit.editing.edit import EditRequest, EditResult, Settings, apply_edits
 from varedit.editing.jobs import Job, group_jobs
 from varedit.editing.manifest import (
@@ -81,12 +81,12 @@ class BatchOptions:
 
 
 def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resume: bool = False) -> list[Job]:
-    """Ready the output folder and tell which jobs are still to be done.
+    """Ready the output folder and tell which jobs are still to be done. An earlier record stays, see `run_batch`.
 
     Raises:
         ValueError: a batch was here already and neither `resume` nor `overwrite` is set; it had other settings or
-            another model; a job's output exists and is not a leftover of this very job; an output is an input; the
-            folder cannot be written.
+            another model; a job's output exists and is not a leftover of this very job, or was changed since it was
+            recorded; an output is an input; the folder cannot be written.
     """
     results = folder / RESULTS
     try:
@@ -95,19 +95,28 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
             if (folder / job.output).resolve() in inputs:
                 raise ValueError(f"output {str(folder / job.output)!r} is an input of the batch; use another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        if results.exists() and not resume:
-            if not options.overwrite:
-                raise ValueError(f"{str(results)!r} exists already; pass --resume to go on, --overwrite to start anew")
-            results.unlink()
-        done = _finished(folder, jobs, options) if resume else set()
+        if results.exists() and not resume and not options.overwrite:
+            raise ValueError(f"{str(results)!r} exists already; pass --resume to go on, --overwrite to start anew")
+        records = read_results(folder) if resume else []
+        recorded = {record["output"] for record in records if record["status"] == "ok"}
+        done = _finished(records, folder, jobs, options) if resume else set()
         for left in folder.rglob(TEMPORARY) if resume else ():
             left.unlink()
         todo = [job for job in jobs if job.output not in done]
         for job in todo:
             target = folder / job.output
             embedded = target.suffix.lower() in EMBEDDING_SUFFIXES
+            # What was recorded is whole: where it is not the recorded file any more, somebody has changed it since.
+            changed = job.output in recorded and target.exists()
             for path in (target,) if embedded else (target, side_file(target)):
-                if path.exists() and not options.overwrite and not (resume and _is_leftover(path, job)):
+                if not path.exists() or options.overwrite:
+                    continue
+                if changed:
+                    raise ValueError(
+                        f"output {str(path)!r} exists already, and is not what {RESULTS} says of this job; move it "
+                        "away to keep it, or pass --overwrite"
+                    )
+                if not (resume and _is_leftover(path, job)):
                     raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or use another folder")
     except OSError as error:
         where = f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
@@ -115,9 +124,9 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
     return todo
 
 
-def _finished(folder: Path, jobs: list[Job], options: BatchOptions) -> set[str]:
+def _finished(lines: list[Record], folder: Path, jobs: list[Job], options: BatchOptions) -> set[str]:
     """Outputs that the record says are done, and that still are what it says."""
-    records = {record["output"]: record for record in read_results(folder)}
+    records = {record["output"]: record for record in lines}
     model = identify_folder(options.model)
     defaults = model_defaults(options.model)
     for record in (record for record in records.values() if record["status"] == "ok"):
@@ -199,6 +208,7 @@ def run_batch(
     folder: Path,
     options: BatchOptions | None = None,
     *,
+    anew: bool = False,
     on_result: Callable[[Record], None] | None = None,
     run: "Runner | None" = None,
 ) -> list[Record]:
@@ -206,6 +216,8 @@ def run_batch(
 
     Args:
         jobs: of `read_jobs`, less what `prepare_output` found done.
+        anew: replace the record of an earlier batch, but not before there is something to record: a model that does not
+            load must not cost it.
         on_result: told each record as it is made.
         run: where chunks of jobs are done; None is this machine, `ray_batch.run_on_ray` a cluster.
 
@@ -217,19 +229,23 @@ def run_batch(
     """
     options = options or BatchOptions()
     chunks = group_jobs(jobs, options.settings.size or 512, options.batch_size)
-    records = []
+    records: list[Record] = []
     _append(folder / RESULTS, b"")
     for done in (run or run_here)(chunks, folder, options):
         for record in done:
-            _append(folder / RESULTS, json.dumps(record).encode() + b"\n")
+            line = json.dumps(record).encode() + b"\n"
+            _append(folder / RESULTS, line, anew=anew and not records)
             records.append(record)
             if on_result:
                 on_result(record)
     return records
 
 
-def _append(results: Path, line: bytes) -> None:
+def _append(results: Path, line: bytes, *, anew: bool = False) -> None:
     try:
+        if anew:
+            write_durably(results, line)
+            return
         with open(results, "ab") as file:
             file.write(line)
             file.flush()

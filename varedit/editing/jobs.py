@@ -1,5 +1,6 @@
 """The jobs of a batch: read from a folder, a CSV or JSON lines, checked before any work is done."""
 
+import contextlib
 import csv
 import io
 import json
@@ -13,7 +14,7 @@ from typing import Any, get_args
 from PIL import ExifTags, Image
 
 from varedit.editing.mask import Convention
-from varedit.image_processor import ImageError
+from varedit.image_reader import CODEC_ERRORS, ImageError
 from varedit.image_writer import encode_image
 from varedit.pipeline import check_prompt, check_seed
 from varedit.scales import ScaleSchedule, nearest_schedule
@@ -67,8 +68,8 @@ def read_jobs(
         instruction, seed, mask_convention: of the jobs that name none.
 
     Raises:
-        ValueError: no such list, nothing in it, or a line that cannot be used; the message names the line. A picture
-            that is missing is not looked for here: it fails by itself, later.
+        ValueError: the list or folder cannot be read, there is nothing in it, or a line cannot be used; the message
+            names the line. A picture that is missing is not looked for here: it fails by itself, later.
     """
     check_seed(seed)
     if instruction is not None:
@@ -76,7 +77,10 @@ def read_jobs(
     if os.path.isdir(source):  # unlike Path.is_dir it bears names that are too long
         if instruction is None:
             raise ValueError(f"a folder of pictures ({str(source)!r}) needs --instruction; or give a CSV or JSON lines")
-        pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in _PICTURES and path.is_file())
+        try:
+            pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in _PICTURES and path.is_file())
+        except OSError as error:
+            raise ValueError(f"folder {str(source)!r} cannot be read ({error.strerror}); check permissions") from error
         rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(({"image": path.name} for path in pictures), 1)
         folder = source.absolute()
     else:
@@ -129,7 +133,7 @@ def _json_rows(text: str, source: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{source.name} line {line} is no JSON") from error
         if not isinstance(row, dict):
             raise ValueError(f'{source.name} line {line} is no object such as {{"image": "a.png", ...}}')
-        yield line, {key: value for key, value in row.items() if value is not None}
+        yield line, {key: value for key, value in row.items() if value not in (None, "")}
 
 
 def _job(line: int, row: dict[str, Any], folder: Path, label: str, common: dict[str, Any]) -> Job:
@@ -218,8 +222,9 @@ def _schedule(path: Path, size: int) -> ScaleSchedule | None:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            if image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
-                width, height = height, width
+            with contextlib.suppress(*CODEC_ERRORS):  # damaged EXIF is left out when the picture is read, too
+                if image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
+                    width, height = height, width
         return nearest_schedule(size, height, width)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (*CODEC_ERRORS, Image.DecompressionBombError):
         return None

@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 
 from varedit import __version__
-from varedit.editing.durable import write_durably
+from varedit.durable import write_together
 from varedit.editing.edit import EditResult, Settings
 from varedit.editing.model_identity import ModelIdentity, identify
 from varedit.image_processor import ImageError, LoadedImage, load_image
-from varedit.image_writer import check_output, encode_image
+from varedit.image_writer import check_output, encode_image, save_image, writing
 from varedit.pipeline import VAREditPipeline, check_prompt, check_seed
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,8 @@ def save_with_manifest(
 ) -> Path:
     """Write an image file with its manifest inside, or beside it where the format has no room.
 
-    Whatever happens, `path` holds its old content or the whole new image.
+    Whatever happens, `path` holds its old content or the whole new image; where it cannot be written, a manifest beside
+    it keeps its old content too.
 
     Args:
         image, path, like, overwrite: of `image_writer.save_image`.
@@ -258,18 +259,30 @@ def save_with_manifest(
     check_output(path, overwrite=overwrite)
     data = encode_image(image, path.suffix, like)
     embedded = embed(data, manifest)
-    side = side_file(path)
-    try:
-        if embedded is None:
-            check_side_file(path, overwrite=overwrite)
-            # First, so that the image is never there without its manifest.
-            write_durably(side, json.dumps(manifest.to_json(), indent=1).encode())
-        write_durably(path, embedded or data)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ImageError(
-            f"output {str(path)!r} cannot be written ({reason}); free some space or choose another folder"
-        ) from error
+    files: dict[Path, bytes] = {}
+    if embedded is None:
+        check_side_file(path, overwrite=overwrite)
+        # First, so that the image is never there without its manifest.
+        files[side_file(path)] = json.dumps(manifest.to_json(), indent=1).encode()
+    with writing(path):
+        write_together(files | {path: embedded or data})
+    return path
+
+
+def save_without_manifest(
+    image: Image.Image | np.ndarray, path: str | Path, like: LoadedImage | None = None, *, overwrite: bool = False
+) -> Path:
+    """`save_image`; the side file of an earlier picture of that name is removed, since it does not describe this one.
+
+    Raises:
+        ImageError: see `save_image`; also an existing side file without `overwrite`.
+    """
+    path = Path(path)
+    check_side_file(path, overwrite=overwrite)
+    save_image(image, path, like, overwrite=overwrite)
+    if os.path.exists(side_file(path)):  # unlike unlink(missing_ok) it bears names that are too long
+        with writing(path):
+            side_file(path).unlink()
     return path
 
 
@@ -365,7 +378,8 @@ def read_manifest(path: str | Path) -> Manifest | None:
     packet = _read_xmp(path)
     text = _manifest_text(packet) if packet else None
     if text is None:
-        return _read_side(side_file(path)) if side_file(path).is_file() else None
+        # Unlike Path.is_file os.path.isfile bears names that are too long.
+        return _read_side(side_file(path)) if os.path.isfile(side_file(path)) else None
     return _parse(text, f"the manifest in {str(path)!r}")
 
 

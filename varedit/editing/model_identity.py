@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from varedit.editing.durable import write_durably
+from varedit.durable import write_durably
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from varedit import __version__
-from varedit.editing.durable import write_durably
+from varedit.durable import write_durably
 from varedit.editing.manifest import SOURCE_TYPE, Manifest, picture_sha256, read_manifest
 from varedit.image_processor import load_image
-from varedit.image_writer import check_output
+from varedit.image_writer import check_output, writing
 
 FORMATS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 """Suffix -> media type of files that hold their own manifest."""
@@ -36,7 +36,7 @@ def sign(
 
     Raises:
         ValueError: c2pa-python is missing, the file has no manifest or another format, `source` is not what was
-            edited, or the key and the certificate cannot sign.
+            edited, the key and the certificate cannot sign, or the output cannot be written.
     """
     try:
         import c2pa
@@ -63,7 +63,8 @@ def sign(
         builder.sign(c2pa.Signer.from_info(info), media, io.BytesIO(file.read_bytes()), signed)
     except c2pa.C2paError as error:
         raise ValueError(f"certificate {str(certificate)!r} and key {str(key)!r} cannot sign: {error}") from error
-    write_durably(output, signed.getvalue())
+    with writing(output):
+        write_durably(output, signed.getvalue())
 
 
 def _statement(file: Path, manifest: Manifest, has_parent: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from varedit.editing.durable import flush_folder, write_durably
+from varedit.durable import flush_folder, write_durably
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -138,7 +138,7 @@ class Session:
             aside.rename(folder)
             flush_folder(folder.parent)
         except OSError as error:
-            raise SessionError(f"session {str(folder)!r} cannot be written ({error.strerror or error})") from error
+            raise _unwritable(folder, error) from error
         finally:  # after the rename there is nothing left to remove
             shutil.rmtree(aside, ignore_errors=True)
         return cls.open(folder)
@@ -164,7 +164,7 @@ class Session:
         texts = isinstance(original, dict) and all(isinstance(original.get(k), str) for k in ("file", "sha256", "name"))
         if not texts or Path(original["file"]).name != original["file"] or not isinstance(head, int):
             raise _corrupt(folder, "session.json", "original or head are missing")
-        if not (folder / original["file"]).is_file():
+        if not os.path.isfile(folder / original["file"]):
             raise _corrupt(folder, original["file"], "the original is missing")
         steps = {step.number: step for step in _read_steps(folder)}
         for step in steps.values():
@@ -222,18 +222,26 @@ class Session:
             self.steps[step.number] = step
             self._move(step.number)
         except OSError as error:
-            raise SessionError(f"session {str(self.folder)!r} cannot be written ({error.strerror or error})") from error
+            raise _unwritable(self.folder, error) from error
         return step
 
     def undo(self) -> int:
-        """Move the head to its parent, which is returned. The step stays, as a branch."""
+        """Move the head to its parent, which is returned. The step stays, as a branch.
+
+        Raises:
+            SessionError: the head is the original, or the folder cannot be written.
+        """
         if self.head == 0:
             raise SessionError(f"nothing to undo: the head of {str(self.folder)!r} is the original")
         self._move(self.steps[self.head].parent)
         return self.head
 
     def branch(self, number: int) -> None:
-        """Move the head to any step; the next edit branches off there. 0 is the original."""
+        """Move the head to any step; the next edit branches off there. 0 is the original.
+
+        Raises:
+            SessionError: no such step, or the folder cannot be written.
+        """
         self._check(number)
         self._move(number)
 
@@ -291,11 +299,10 @@ class Session:
         """Write the picture of a step (the head) with the original's alpha and EXIF and the step's manifest.
 
         Raises:
-            ImageError: see `save_image`.
+            ImageError: see `save_image`; also an existing side file without `overwrite`.
             SessionError: the file would lie in the session's folder.
         """
-        from varedit.editing.manifest import save_with_manifest
-        from varedit.image_writer import save_image
+        from varedit.editing.manifest import save_with_manifest, save_without_manifest
 
         if Path(path).resolve().is_relative_to(self.folder.resolve()):
             raise SessionError(f"output {str(path)!r} is in the session's own folder; export to another")
@@ -303,7 +310,7 @@ class Session:
         picture, original = self.image(number), self.image(0)
         pixels = picture.rgb if picture.rgb16_HW3 is None else picture.rgb16_HW3
         if number == 0:
-            return save_image(pixels, path, like=original, overwrite=overwrite)
+            return save_without_manifest(pixels, Path(path), original, overwrite=overwrite)
         return save_with_manifest(pixels, Path(path), self.steps[number].manifest, original, overwrite=overwrite)
 
     def replay(self, pipeline: "VAREditPipeline", number: int) -> "Replay":
@@ -344,7 +351,10 @@ class Session:
         return self.original_name if number == 0 else f"step {number}"
 
     def _move(self, number: int) -> None:
-        _write_head(self.folder, self._original, number)
+        try:
+            _write_head(self.folder, self._original, number)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
         self.head = number
 
     def _write_step(self, result: "EditResult", manifest: "Manifest") -> Step:
@@ -425,6 +435,12 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise _corrupt(folder, label, "it is no table of names and values")
     return values
+
+
+def _unwritable(folder: Path, error: OSError) -> SessionError:
+    return SessionError(
+        f"session {str(folder)!r} cannot be written ({error.strerror or error}); free some space or check permissions"
+    )
 
 
 def _corrupt(folder: Path, file: str, reason: str) -> SessionError:
