@@ -4,19 +4,21 @@
     python recipes/small_gpu.py editor    --run RUN --objects DIR --photos DIR    # likewise
     python recipes/small_gpu.py export    --run RUN --output DIR
 
-The same config family as tiny_two_core_cpu.py: `--preset cpu` is its model, trained by this script; `--preset check` is
-a scaled-down one that shows in a minute whether everything works. A call trains for `--minutes`, saves, and ends; the
-next one goes on exactly: rates are a function of the step, and pairs, flips and dropouts of (seed, step). Pairs are
-made by worker processes on the fly, so no pair is seen twice and nothing is cached. Checkpoints stay in RUN (about
-400 MB); `export --shard 15MB --no-text-encoder` writes the model in small files, `assemble` puts the frozen text
-encoder back. Its matrices are stored in float8, so that the whole stays under 100 MB; the editor is trained with them
-rounded so. Not run on a GPU yet: the numbers of steps are estimates; the log says what is left at the speed found.
+The same config family as tiny_two_core_cpu.py: `--preset cpu` is its model, trained by this script; `--preset check`
+is a scaled-down one that shows in a minute whether everything works. A call trains for `--minutes`, saves, and ends;
+the next one goes on exactly: rates are a function of the step, and pairs, flips and dropouts of (seed, step). Where
+the time will not do for all steps, `--last` lets the rates fall within a call, by the clock. Pairs are made by worker
+processes on the fly, so no pair is seen twice and nothing is cached. Checkpoints stay in RUN (about 400 MB); `export
+--shard 15MB --no-text-encoder` writes the model in small files, `assemble` puts the frozen text encoder back. Its
+matrices are stored in float8, so that the whole stays under 100 MB; the editor is trained with them rounded so. Not
+run on a GPU yet: the numbers of steps are estimates; the log says what is left at the speed found.
 """
 
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +46,7 @@ from wall_clock import Progress
 from varedit.data.features import load_text_encoder
 from varedit.data.synthetic import World
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.model_folder import forget_origin
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.runtime import computes_bfloat16
@@ -118,6 +121,7 @@ PRESETS = {
 Chosen = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")]
 Steps = Annotated[int | None, typer.Option(help="Of the whole training, over all calls.", show_default="the preset's")]
 Minutes = Annotated[float, typer.Option(help="Of this call.")]
+Last = Annotated[bool, typer.Option("--last", help="The rates fall to their end within this call.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that make pairs.", show_default="a core each but one")]
 
 
@@ -144,12 +148,17 @@ class PairBatch:
     """Pairs of one template: uint8 (B, H, W, 3) twice, bool (B, H, W), instructions, and what `phrase_rows` says."""
 
     schedule: ScaleSchedule
-    source: np.ndarray
-    target: np.ndarray
-    mask: np.ndarray
+    source: np.ndarray | Tensor
+    target: np.ndarray | Tensor
+    mask: np.ndarray | Tensor
     prompts: list[str]
     phrases: list[str]
-    name_rows: np.ndarray
+    name_rows: np.ndarray | Tensor
+
+    def pin_memory(self) -> "PairBatch":
+        """Called by the loader's own thread: from pinned tensors a copy to the device does not hold up the training."""
+        arrays = {name: getattr(self, name) for name in ("source", "target", "mask", "name_rows")}
+        return replace(self, **{name: torch.from_numpy(array).pin_memory() for name, array in arrays.items()})
 
 
 class Pairs(torch.utils.data.IterableDataset):
@@ -191,12 +200,21 @@ def _as_it_is(batch: PairBatch) -> PairBatch:
 def loader(dataset: Pairs, num_workers: int | None) -> Iterator[PairBatch]:
     count = max(1, len(os.sched_getaffinity(0)) - 1) if num_workers is None else num_workers
     options = {"prefetch_factor": 3} if count else {}
-    return iter(torch.utils.data.DataLoader(dataset, None, num_workers=count, collate_fn=_as_it_is, **options))
+    pinned = torch.cuda.is_available()
+    return iter(
+        torch.utils.data.DataLoader(
+            dataset, None, num_workers=count, collate_fn=_as_it_is, pin_memory=pinned, **options
+        )
+    )
+
+
+def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(array).to(device, non_blocking=True)
 
 
 def to_images(batch: PairBatch, device: torch.device) -> Tensor:
     """Sources, then targets: float32 [-1, 1], (2B, 3, H, W), channels last."""
-    pixels = torch.from_numpy(np.concatenate([batch.source, batch.target])).to(device)
+    pixels = torch.cat([to_device(batch.source, device), to_device(batch.target, device)])
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
@@ -204,15 +222,18 @@ def to_images(batch: PairBatch, device: torch.device) -> Tensor:
 
 
 class Chunk(Progress):
-    """One call's part of a training of so many steps: rates are a function of the step alone."""
+    """One call's part of a training of so many steps: rates are a function of the step alone.
+
+    In a `last` call they fall over its minutes as well, should there be steps left at its end.
+    """
 
     def __init__(
         self, run: Path, name: str, minutes: float, steps: int, model: nn.Module, optimizers: list,
-        average: Average | None = None, warm_up: int = 60,
+        average: Average | None = None, warm_up: int = 60, last: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(run, name, minutes, model, optimizers, average)
         self.budget += self.elapsed
-        self.steps, self.warm_up = steps, warm_up
+        self.steps, self.warm_up, self.seconds, self.last = steps, warm_up, minutes * 60, last
 
     @property
     def done(self) -> bool:
@@ -220,8 +241,10 @@ class Chunk(Progress):
 
     def update(self, loss: Tensor, clip: float) -> None:
         """One step of the optimizers: linear warm-up, constant, linear to 2 % over the last 40 % of the steps."""
-        left = 1 - self.step / self.steps
-        factor = min(1.0, (self.step + 1) / self.warm_up) * min(1.0, 0.02 + 0.98 * left / 0.4)
+        left = (1 - self.step / self.steps) / 0.4
+        if self.last:
+            left = min(left, max(0.0, self.budget - self.elapsed) / self.seconds)
+        factor = min(1.0, (self.step + 1) / self.warm_up) * min(1.0, 0.02 + 0.98 * left)
         for optimizer, peaks in zip(self.optimizers, self.peaks):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor
@@ -240,7 +263,10 @@ class Chunk(Progress):
 
 
 def device_of() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every shape, and texts are of many lengths
+    return torch.device("cuda")
 
 
 def preset_of(name: str) -> Preset:
@@ -257,7 +283,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
 @app.command()
 def tokenizer(
     run: Run, preset: Chosen = "gpu", minutes: Minutes = 8.5, steps: Steps = None, objects: Folder = None,
-    photos: Folder = None, num_workers: Workers = None, seed: int = 0,
+    photos: Folder = None, num_workers: Workers = None, seed: int = 0, last: Last = False,
 ) -> None:  # fmt: skip
     """Train the image tokenizer for some minutes: L1, Laplacian L1, commitment."""
     chosen, device = preset_of(preset), device_of()
@@ -266,7 +292,7 @@ def tokenizer(
     model.initialize()
     model = model.train().to(device, memory_format=torch.channels_last)
     optimizers = muon_and_adamw(model, chosen.muon_lr, chosen.muon_lr / 10)
-    progress = Chunk(run, "tokenizer", minutes, steps or chosen.tokenizer_steps, model, optimizers)
+    progress = Chunk(run, "tokenizer", minutes, steps or chosen.tokenizer_steps, model, optimizers, last=last)
     dataset = Pairs(objects, photos, chosen.size, chosen.tokenizer_pairs, seed, progress.step)
     batches = loader(dataset, num_workers)
     while not progress.done:
@@ -290,7 +316,7 @@ def tokenizer(
 @app.command()
 def editor(
     run: Run, preset: Chosen = "gpu", minutes: Minutes = 8.5, steps: Steps = None, objects: Folder = None,
-    photos: Folder = None, num_workers: Workers = None, seed: int = 1, edit_weight: float = 4.0,
+    photos: Folder = None, num_workers: Workers = None, seed: int = 1, last: Last = False, edit_weight: float = 4.0,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
 ) -> None:  # fmt: skip
     """Train the editor for some minutes, on the frozen tokenizer and the frozen text encoder."""
@@ -303,29 +329,31 @@ def editor(
     parts = nn.ModuleDict({"transformer": model, "grounding": Grounding(model, *chosen.read)}).train().to(device)
     optimizers = muon_and_adamw(parts, chosen.muon_lr, chosen.muon_lr / 10, prefix="transformer.blocks.")
     average = Average(dict(model.named_parameters()), AVERAGE_DECAY)
-    progress = Chunk(run, "editor", minutes, steps or chosen.editor_steps, parts, optimizers, average)
+    progress = Chunk(run, "editor", minutes, steps or chosen.editor_steps, parts, optimizers, average, last=last)
     if compile:
         compile_blocks(model)
     dataset = Pairs(objects, photos, chosen.size, chosen.editor_pairs, seed, progress.step, EDITS)
     batches, patch_size = loader(dataset, num_workers), image_tokenizer.config.patch_size
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=computes_bfloat16(device))
     while not progress.done:
         batch, generator = next(batches), step_generator(seed, progress.step, device)
-        with torch.no_grad():
-            source, target = image_tokenizer.encode(to_images(batch, device)).contiguous().chunk(2)
+        with torch.no_grad(), autocast():
+            source, target = image_tokenizer.encode(to_images(batch, device)).float().contiguous().chunk(2)
         source_BChw = patchify(source, patch_size).transpose(1, 2).unflatten(2, batch.schedule.finest)
         forced = teacher_forcing(target, batch.schedule, patch_size, max_flip=0.3, generator=generator)
         drop_B = torch.rand(len(source), generator=generator, device=device) < 0.1
         text_BTF, mask_BT = text(batch.prompts)
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
+        # Before the model, whose kernels a copy to the device would wait for.
+        mask_BHW, name_BS = to_device(batch.mask, device), to_device(batch.name_rows, device)
+        names_PF = text.names(batch.phrases)
+        with autocast():
             logits = model(
                 batch.schedule, forced.inputs_BLC, source_BChw=source_BChw,
                 text_BTF=text_BTF, text_mask_BT=mask_BT, drop_text_B=drop_B,
             )  # fmt: skip
-        mask_BHW = torch.from_numpy(batch.mask).to(device)
         weights_BL = edit_weights(mask_BHW, batch.schedule, edit_weight)
         loss = objective(logits, forced.bits_BLC, batch.schedule, weights_BL)
-        name_BS = torch.from_numpy(batch.name_rows).to(device)
-        name_loss, mask_loss = parts["grounding"](batch.schedule, name_BS, text.names(batch.phrases), mask_BHW)
+        name_loss, mask_loss = parts["grounding"](batch.schedule, name_BS, names_PF, mask_BHW)
         progress.update(loss + NAME_WEIGHT * name_loss + MASK_WEIGHT * mask_loss, clip=2.0)
         metrics = {}
         if (progress.step + 1) % 20 == 0:
@@ -421,6 +449,7 @@ def _save(parts: Path, output: Path, shard: str, with_text: bool) -> None:
         companions["tokenizer"], companions["text_encoder"] = rounded_text_encoder(torch.bfloat16)
     pipeline = VAREditPipeline.from_pretrained(parts, dtype=torch.bfloat16, **companions)
     pipeline.save_pretrained(output, max_shard_size=shard)
+    forget_origin(output)
     for path in (output / "text_encoder").glob("*.safetensors"):  # the same values in half the bytes
         weights = {name: w.to(TEXT_STORAGE) if w.dim() == 2 else w for name, w in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})

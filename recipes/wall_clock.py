@@ -73,6 +73,8 @@ class Progress:
         return state | {"average": self.average.values} if self.average else state
 
     def save(self) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise typer.BadParameter(f"step {self.step} is not finite; {self.path} is still good: lower the rate")
         torch.save(self.state(), self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)
         self.saved = self.elapsed

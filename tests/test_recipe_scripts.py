@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
@@ -402,3 +403,25 @@ def test_the_page_that_ships_has_the_markers_and_names_every_variant():
     assert ablation_report._BEGIN in text and ablation_report._END in text
     for name in ablation_tiny.VARIANTS:
         assert f"| `{name}` |" in text
+
+
+def test_the_rates_of_a_last_call_fall_within_it(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    chunk = small_gpu.Chunk(
+        tmp_path, "any", 10, 1000, model, [torch.optim.SGD(model.parameters(), 1.0)], warm_up=1, last=True
+    )
+    for elapsed, rate in ((0, 1.0), (5, 0.51), (10, 0.02)):
+        chunk.elapsed = elapsed * 60
+        chunk.update(model(torch.ones(1, 2)).sum(), clip=1.0)
+        assert chunk.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_spoilt_weights_do_not_replace_a_checkpoint(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    progress = wall_clock.Progress(tmp_path, "any", 1, model, [torch.optim.SGD(model.parameters(), 1.0)])
+    progress.save()
+    good = progress.path.read_bytes()
+    torch.nn.init.constant_(model.weight, float("nan"))
+    with pytest.raises(typer.BadParameter, match="still good"):
+        progress.save()
+    assert progress.path.read_bytes() == good
