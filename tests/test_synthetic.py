@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from varedit.data.record import read_folder
 from varedit.data.synthetic import Pair, World, grammar, phrases, tone, vocabulary, write_world
 from varedit.data.synthetic import world as world_module
-from varedit.data.synthetic.edits import RELATIONS
+from varedit.data.synthetic.edits import RELATIONS, TYPICAL_SIGN_SIZE
 from varedit.data.synthetic.more_phrases import more_phrases
 from varedit.data.synthetic.scene import Item, Renderer
 from varedit.data.synthetic.stage import OPEN_ORDER, SPOT_WORDS, TYPICAL_SIZE, at_spot
@@ -302,6 +302,18 @@ def test_joined_clauses_speak_of_their_own_edit_only(folders: tuple[Path, Path])
     for index in range(60):
         for text in world.pair(4, index).instructions:
             assert not re.search(r"\b(it|the rest|everything else|nothing else)\b", text), text
+
+
+def test_training_names_the_colour_of_an_added_sign_or_takes_white(folders: tuple[Path, Path]) -> None:
+    world, named = World(*folders, "train", 128, weights={"text": 1}), []
+    for index in range(80):
+        pair = world.pair(5, index)
+        if len(pair.target_scene["objects"]) > len(pair.scene["objects"]):
+            sign = objects_of(pair.target_scene)[-1]
+            named.append(any(word in vocabulary.COLOURS for word in re.findall(r"[a-z]+", pair.instruction)))
+            assert sign.size == TYPICAL_SIGN_SIZE and (named[-1] or sign.colour == "white"), pair.instruction
+            assert not named[-1] or sign.colour in pair.instruction
+    assert 0 < sum(named) < len(named)
 
 
 def test_further_phrasings_are_for_training_alone(folders: tuple[Path, Path]) -> None:

@@ -331,13 +331,21 @@ def material(stage: Stage, scene: Scene) -> Edit | None:
     return Edit(target, key, {"ref": ref, "stuff": stuff, "stuff_adj": adjective}, operation, (old, new))
 
 
+TYPICAL_SIGN_SIZE = 0.56
+UNNAMED_SIGNS = 0.3
+"""Share of the training split's added signs whose colour is not said; they are white. The size never is."""
+
+
 def text(stage: Stage, scene: Scene) -> Edit | None:
     """Add a sign, change what it says, or take it away."""
     at = next((index for index, item in enumerate(scene.items) if item.kind == "sign"), None)
     rng = stage.rng
     mark = rng.choice(('"', "'"))
     if at is None:
-        sign = stage.sign()
+        sign, named = stage.sign(), True
+        if not stage.test:
+            named = rng.random() >= UNNAMED_SIGNS
+            sign = replace(sign, size=TYPICAL_SIGN_SIZE, colour=sign.colour if named else "white")
         spot = rng.choice(("top", "center", "bottom"))
         sign = at_spot(stage.renderer, sign, spot)
         if not stage.renderer.fits(sign, scene.items, stage.background):
@@ -345,8 +353,9 @@ def text(stage: Stage, scene: Scene) -> Edit | None:
         slots = {
             "quoted": f"{mark}{sign.text}{mark}",
             "where": rng.choice(SPOT_WORDS[spot]),
-            "colour": sign.colour or "",
         }
+        if named:
+            slots["colour"] = sign.colour or ""
         target = replace(scene, items=(*scene.items, sign))
         return Edit(target, "text_add", slots, {"op": "text", "to": sign.text, "spot": spot}, (sign,))
     old = scene.items[at]

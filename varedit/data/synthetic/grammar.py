@@ -25,6 +25,7 @@ STATEMENTS = (
 )  # fmt: skip
 # Clauses that speak of more than their own edit, or of what the one before it named.
 _BEYOND = re.compile(r"\b(it|its|rest|everything|nothing|unchanged|untouched|alone|same|anything)\b")
+SAID = {"text_add": "colour"}  # key -> a slot that a clause has to name if it is given: the picture shows it
 _SPACES = re.compile(r"\s+")
 
 
@@ -63,6 +64,8 @@ def clause(
     if more:
         templates += more_phrases()[key]
     usable = [t for t in templates if all(name in filled for name in re.findall(r"{(\w+)}", t))]
+    if said := SAID.get(key):
+        usable = [t for t in usable if (f"{{{said}}}" in t) == (said in filled)] or usable
     if joined:
         usable = [
             t for t in usable
