@@ -1,19 +1,29 @@
 """Folders that tests may use, the command in process, and no network."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-# Before anything imports huggingface_hub: a test that would download fails at once instead of waiting.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything imports huggingface_hub: a test that would download fails at once instead of waiting, whatever the
+# user has set, and what the user has downloaded before makes no difference.
+os.environ["HF_HUB_OFFLINE"] = "1"
+_HUB = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="varedit-tests-")
+for _name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "TRANSFORMERS_OFFLINE", "DIFFUSERS_CACHE"):
+    os.environ.pop(_name, None)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_HUB, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -39,11 +39,15 @@ def model(model_folder):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Four pictures of three shapes, a mask, and a list that names them, one that is missing and one that is none."""
+    """Four pictures of three shapes, a mask, and a list that names them, one that is missing and one that is none.
+
+    One of the pictures is transparent in places.
+    """
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for name, (width, height) in SHAPES.items():
-        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{name}.png")
+        channels = 4 if name == "wide" else 3
+        Image.fromarray(random.integers(0, 256, (height, width, channels), np.uint8)).save(folder / f"{name}.png")
     mask = Image.new("L", SHAPES["tall"])
     mask.paste(255, (10, 10, 40, 60))
     mask.save(folder / "mask.png")
@@ -241,6 +245,13 @@ def test_pictures_that_no_codec_can_make_out_do_not_end_the_batch(tmp_path):
 
 def test_a_mixed_batch_equals_single_edits(finished, singles):
     assert files_below(finished) == singles
+
+
+def test_transparency_is_kept_in_a_batch(finished, pictures):
+    source, edited = (Image.open(path) for path in (pictures / "wide.png", finished / "wide.edited.png"))
+    assert source.mode == edited.mode == "RGBA"
+    assert edited.getchannel("A").tobytes() == source.getchannel("A").tobytes()
+    assert edited.convert("RGB").tobytes() != source.convert("RGB").tobytes()
 
 
 def test_the_record_has_a_line_a_job(finished, jobs, singles):

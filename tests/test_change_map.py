@@ -91,7 +91,7 @@ def test_a_local_edit_is_found_where_it_is(photo, edit, least_overlap):
     assert change.kind == "local"
     overlap = (change.hard_HW & truth).sum() / (change.hard_HW | truth).sum()
     recall = (change.hard_HW & truth).sum() / truth.sum()
-    assert overlap > 0.4 and recall > 0.95, (overlap, recall)
+    assert overlap > least_overlap and recall > 0.95, (overlap, recall)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varedit.editing.best_of import best_of
+from varedit.editing.edit import apply_edit
 from varedit.editing.manifest import read_manifest
+from varedit.editing.mask import box_mask
 from varedit.image_processor import load_image
 from varedit.image_writer import encode_image
+from varedit.pipeline import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,62 @@ def test_without_a_manifest_there_is_none(varedit, model, photo, tmp_path):
     edit = ["edit", photo, "blur", "--seed=4", "-o", tmp_path / "a.tiff", *model]
     assert varedit(*edit, "--overwrite").code == 0 and side.exists()
     assert varedit(*edit, "--overwrite", "--no-manifest").code == 0 and not side.exists()
+
+
+def test_a_turned_photo_is_edited_upright_and_keeps_its_exif(varedit, model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "on its side"
+    values = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(values).save(tmp_path / "turned.jpg", exif=exif)
+    ran = varedit("edit", tmp_path / "turned.jpg", "blur", "--seed=3", "--box=10,10,30,30", *model)
+    assert ran.code == 0 and "60 x 90 pixels" in ran.out, ran.err
+    with Image.open(tmp_path / "turned.edited.jpg") as image:
+        assert image.size == (60, 90) and image.getexif().get(0x0112, 1) == 1
+        assert image.getexif()[0x010E] == "on its side"
+        edited = np.asarray(image, int)
+    source = np.asarray(load_image(tmp_path / "turned.jpg").rgb, int)
+    away = edited[50:] - source[50:]  # the box ends at 40
+    assert np.abs(away).mean() < 5 < 20 < np.abs(edited[50:, ::-1] - source[50:]).mean()  # JPEG rounds
+    assert varedit("replay", tmp_path / "turned.edited.jpg", *model).code == 0
+
+
+def test_transparency_is_kept(varedit, model, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (60, 90, 4), np.uint8)
+    Image.fromarray(values).save(tmp_path / "clear.png")
+    assert varedit("edit", tmp_path / "clear.png", "blur", "--seed=3", "--box=10,10,30,30", *model).code == 0
+    with Image.open(tmp_path / "clear.edited.png") as image:
+        edited = np.asarray(image)
+    assert edited.shape == values.shape and np.array_equal(edited[..., 3], values[..., 3])
+    assert np.array_equal(edited[:, 40:], values[:, 40:]) and (edited != values)[10:40, 10:40, :3].any()
+
+
+def test_the_change_map_is_written_at_the_size_of_the_picture(varedit, model, model_folder, photo, tmp_path):
+    drawn = tmp_path / "map.png"
+    edit = ["edit", photo, "blur", "--seed=3", "--box=10,10,30,30", "--change-map", drawn, *model]
+    assert varedit(*edit).code == 0
+    result = apply_edit(
+        load_pipeline(str(model_folder), "cpu"), photo, "blur", seed=3, mask=box_mask((10, 10, 30, 30), (90, 60))
+    )
+    with Image.open(drawn) as image:
+        assert image.size == (90, 60) and image.tobytes() == result.change_map.draw(result.source.rgb).tobytes()
+    drawn.write_bytes(b"precious")
+    other = tmp_path / "other.png"
+    varedit(*edit, "-o", other).assert_refused("map.png", "--overwrite")
+    assert drawn.read_bytes() == b"precious" and not other.exists()
+    assert varedit(*edit, "-o", other, "--overwrite").code == 0
+    assert load_image(drawn).rgb.size == (90, 60)
+
+
+def test_the_best_of_two_is_the_first_of_the_ranking(varedit, model, model_folder, photo, tmp_path):
+    seed, pipeline = 0, load_pipeline(str(model_folder), "cpu")
+    first, second = best_of(pipeline, photo, "blur", 2, seed=seed)
+    assert first.result.seed != seed and first.result.image.tobytes() != second.result.image.tobytes()
+    ran = varedit("edit", photo, "blur", f"--seed={seed}", "--best-of=2", *model)
+    assert ran.code == 0 and f"seed {first.result.seed}\n" in ran.out
+    assert load_image(tmp_path / "photo.edited.png").rgb.tobytes() == first.result.image.tobytes()
+    seeds = [str(candidate.result.seed) for candidate in (first, second)]
+    assert re.findall(r"^best \d: seed (\d+), evidence ", ran.err, re.MULTILINE) == seeds
+    assert read_manifest(tmp_path / "photo.edited.png").seed == first.result.seed
 
 
 def test_16_bits_stay_or_are_said_to_go(varedit, model, tmp_path):
@@ -250,6 +310,26 @@ def test_batch_exit_codes_record_and_replay(varedit, model, photo, tmp_path):
     Image.new("RGB", (90, 60), "red").save(tmp_path / "fake.jpg", xmp=xmp)
     ran = varedit("replay", tmp_path / "fake.jpg", *model)
     assert ran.code == 1 and "  file: fake.jpg" in ran.out
+
+
+def test_the_settings_of_a_batch_are_those_asked_for(varedit, model, photo, tmp_path):
+    Image.new("L", (90, 60), 255).save(tmp_path / "mask.png")
+    (tmp_path / "jobs.csv").write_text("image,instruction,mask\nphoto.png,blur,mask.png\n")
+    asked = {
+        "guidance_scale": 2.5, "temperature": 0.25, "top_p": 0.75, "size": 256, "fit": "square", "preserve": "blend",
+        "strength": 0.5, "lock": "off", "mask_margin": 4, "crop": "off",
+    }  # fmt: skip
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+    batch = ["batch", tmp_path / "jobs.csv", "-o", tmp_path / "out", "--seed=7", "--batch-size=2", *given, *model]
+    ran = varedit(*batch)
+    assert ran.code == 0 and "1 edited, 0 failed" in ran.out, ran.err
+    (record,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert record["settings"].items() >= asked.items() and (record["seed"], record["status"]) == (7, "ok")
+    manifest = read_manifest(tmp_path / "out" / "photo.edited.png")
+    assert manifest.settings.to_json() == record["settings"] and manifest.seed == 7
+    edit = ["edit", photo, "blur", "--seed=7", "--mask", tmp_path / "mask.png", "-o", tmp_path / "single.png"]
+    assert varedit(*edit, *given, *model).code == 0
+    assert (tmp_path / "single.png").read_bytes() == (tmp_path / "out" / "photo.edited.png").read_bytes()
 
 
 def test_replay_names_another_model(varedit, model, photo, tmp_path):

@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +17,7 @@ import zipfile
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -623,6 +625,35 @@ def test_text_encoder_dtype(text_folder, files, tmp_path):
     assert "BF16" in set(stored_dtypes(output / "text_encoder").values())
 
 
+def test_the_command_writes_a_folder_that_edits(text_folder, files, transformer, tmp_path, monkeypatch, varedit):
+    """With every option a tiny model allows; the preset is one of its sizes."""
+    sizes = {"num_code_bits": 4, "base_width": 32, "multipliers": (1, 2, 1, 1), "num_blocks": 1, "patch_size": 2}
+    preset = convert_module.Preset({"width": 64, "position_layout": "offset"}, sizes, 256, "native", 2.0, 0.3, 0.9, 1)
+    monkeypatch.setitem(PRESETS, "small", preset)
+    output = tmp_path / "out"
+    released = ["--transformer", files["transformer"], "--image-tokenizer", files["image_tokenizer"], "-o", output]
+    common = ["convert", *released, "--preset=small", "--text-encoder", text_folder]
+    ran = varedit(*common, "--position-layout=released", "--fit=square", "--size=128", "--dtype=bfloat16")
+    assert ran.code == 0 and f"{output}: written" in ran.out, ran.err
+    for part in ("transformer", "text_encoder"):
+        assert "BF16" in set(stored_dtypes(output / part).values())
+    config = VAREditPipeline.load_config(str(output))
+    settings = ("size", "fit", "guidance_scale", "temperature", "top_p")
+    assert [config[name] for name in settings] == [128, "square", 2.0, 0.3, 0.9]
+    assert VAREditTransformer.load_config(output, subfolder="transformer")["position_layout"] == "released"
+
+    varedit(*common).assert_refused("out", "exists")
+    assert VAREditPipeline.load_config(str(output))["size"] == 128
+    assert varedit(*common, "--overwrite", "--size=128").code == 0
+    pipeline = VAREditPipeline.from_pretrained(output)
+    assert_same(pipeline.transformer, transformer)
+    assert (pipeline.transformer.config.position_layout, pipeline.config.fit) == ("offset", "native")
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "photo.png")
+    assert varedit("edit", tmp_path / "photo.png", "make it blue", "--model", output).code == 0
+    with Image.open(tmp_path / "photo.edited.png") as image:
+        assert image.size == (60, 40)
+
+
 def test_text_encoder_of_another_width(text_folder, files, tmp_path):
     save_pth(released_transformer(tiny_transformer(num_blocks=2, text_features=48)), files["transformer"])
     refused(files, tmp_path, str(text_folder), "width 32", "48", text_encoder=text_folder)
@@ -671,3 +702,28 @@ def test_recorded_weights_in_other_layouts(name, layout, parity_dir, tmp_path):
         converted.append(VAREditPipeline.from_pretrained(output))
     assert_same(converted[1].transformer, converted[0].transformer)
     assert_same(converted[1].image_tokenizer, converted[0].image_tokenizer)
+
+
+# -- the text encoder's files ----------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_is_one_line(text_folder, files, tmp_path):
+    """The library that writes the text encoder has an error of its own for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow larger
+    try:
+        with pytest.raises(ConvertError, match=r"cannot write .*out: .*; make room") as error:
+            convert(**files, output=tmp_path / "out", text_encoder=text_folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(error.value.__cause__, SafetensorError) and "\n" not in str(error.value)
+    assert visible(tmp_path) == {"t.pth", "v.pth"}
+
+
+def test_a_damaged_text_encoder_is_named(text_folder, files, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(text_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConvertError, match=r"text encoder '.*t5': .*; pass a folder or hub name"):
+        convert(**files, output=tmp_path / "out", text_encoder=folder)

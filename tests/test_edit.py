@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from varedit import quantizer
 from varedit.editing.best_of import instruction_evidence
+from varedit.editing.change_map import ChangeMap
 from varedit.editing.edit import (
     SECOND_PASS_MARGIN,
     EditRequest,
@@ -23,7 +24,9 @@ from varedit.editing.edit import (
 )
 from varedit.editing.manifest import Manifest, make_manifest, save_with_manifest
 from varedit.editing.mask import box_mask, changed_area, grow, model_mask, token_coverage
+from varedit.editing.preserve import FEATHER
 from varedit.editing.replay import check_file, replay
+from varedit.editing.session import Session
 from varedit.image_processor import LoadedImage, load_image, prepare
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.image_writer import encode_image
@@ -106,6 +109,15 @@ def recoloured(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.where(blue, pixels[..., ::-1], pixels).astype(np.uint8))
 
 
+def far_from(change: ChangeMap, size: tuple[int, int]) -> np.ndarray:
+    """Where an exact edit leaves the input of `size` (width, height) alone: bool (H, W).
+
+    Farther from what changed than the border over which an edit fades, by a model pixel and a half for the enlarging.
+    """
+    far = ndimage.distance_transform_edt(~change.hard_HW) > FEATHER + 1.5
+    return np.asarray(Image.fromarray(far).resize(size, Image.Resampling.NEAREST))
+
+
 # -- the lock
 
 
@@ -152,6 +164,24 @@ def test_the_mask_grows_by_its_margin(pipeline, picture):
     result = apply_edit(pipeline, picture, "blur", seed=3, mask=MASK, settings=Settings(mask_margin=5))
     assert_same(result, apply_edit(pipeline, picture, "blur", seed=3, mask=grow(MASK, 5)))
     assert result.mask is MASK  # what was asked for; the margin is in the settings
+
+
+def test_an_exact_edit_without_a_mask_leaves_alone_what_it_did_not_change(obedient, tmp_path):
+    image = scene(192, 128, (60, 40, 36, 30))
+    exact, loose = (
+        apply_edit(obedient, image, "blue to red", seed=1, settings=Settings(preserve=mode))
+        for mode in ("exact", "off")
+    )
+    far = far_from(exact.change_map, image.size)
+    pixels, edited = np.asarray(image), np.asarray(exact.image)
+    assert exact.change_map.kind == "local" and exact.area is None and far.mean() > 0.6
+    assert np.array_equal(edited[far], pixels[far]) and edited[45:65, 65:90, 0].mean() > 150
+    assert (np.asarray(loose.image)[far] != pixels[far]).any(-1).mean() > 0.9  # the model's own picture is another
+
+    image.save(tmp_path / "photo.png")
+    session = Session.create(tmp_path / "session", tmp_path / "photo.png")
+    step = session.edit(obedient, "blue to red", seed=1)
+    assert session.image().rgb.tobytes() == exact.image.tobytes() and not step.mask.exists()
 
 
 def test_a_second_pass_is_locked_to_what_the_first_one_changed(obedient):
@@ -322,6 +352,18 @@ def test_untouched_pixels_keep_all_16_bits(suffix, bands, obedient, monkeypatch,
     assert done.same and check_file(out, done.result) == []
     other = replace(source, rgb16_HW3=source.rgb16_HW3 ^ 1)  # the same 8 bits
     assert replay(manifest, other, obedient, mask).differences[0].startswith("input:")
+
+
+def test_an_exact_edit_without_a_mask_keeps_all_16_bits(obedient):
+    image = scene(192, 128, (60, 40, 36, 30))
+    pixels = np.asarray(image).astype(np.uint16) * 257 ^ np.random.default_rng(0).integers(
+        0, 64, (128, 192, 3), np.uint16
+    )
+    result = apply_edit(obedient, load_image(pixels), "blue to red", seed=1)
+    far = far_from(result.change_map, image.size)
+    assert result.change_map.kind == "local" and far.mean() > 0.6
+    assert np.array_equal(result.rgb16_HW3[far], pixels[far])
+    assert result.rgb16_HW3[45:65, 65:90, 0].mean() > 40_000
 
 
 def test_without_preservation_16_bits_hold_the_edit(pipeline):

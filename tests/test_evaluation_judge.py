@@ -30,7 +30,10 @@ BLACK, GREY = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 128, np.uint8)
 
 
 class Server:
-    """Answers chat completions with what `reply(question, number)` gives: a text, or (status, headers, body)."""
+    """Answers chat completions with what `reply(question, number)` gives: a text, or (status, headers, body).
+
+    With None it hangs up.
+    """
 
     def __init__(self, reply):
         self.questions = []
@@ -41,6 +44,9 @@ class Server:
                 question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.questions.append((self.path, question))
                 answer = reply(question, len(outer.questions))
+                if answer is None:
+                    self.close_connection = True
+                    return
                 status, headers, body = 200, {}, answer
                 if isinstance(answer, tuple):
                     status, headers, body = answer
@@ -187,23 +193,20 @@ def test_refusals_and_silence_are_told_apart(tmp_path):
         chat_at("http://127.0.0.1:9/v1", tmp_path).ask(question())
 
 
+def test_a_judge_that_hangs_up_is_tried_again(tmp_path):
+    with Server(lambda question, number: None if number <= 2 else scores(4, 4)) as server:
+        assert judge_at(server.url, tmp_path, client={"max_retries": 2})(case(), BLACK, GREY)["success"] == 4
+        assert len(server.questions) == 3
+
+
 def test_a_judge_that_hangs_is_tried_again_and_named(tmp_path):
     free = threading.Event()
-
-    def reply(question, number):
-        if number <= 2:
-            free.wait(10)
-        return scores(4, 4)
-
-    with Server(reply) as server:
-        patient = {"timeout_s": 0.3, "max_retries": 2, "backoff_s": 0.01}
-        assert judge_at(server.url, tmp_path, client=patient)(case(), BLACK, GREY)["success"] == 4
-        assert len(server.questions) == 3
-    with Server(lambda question, number: free.wait(10) and "") as server:
-        hasty = patient | {"max_retries": 0}
-        with pytest.raises(ValueError, match="not judged: .*no answer in 1 tries .*timed out"):
-            judge_at(server.url, tmp_path, client=hasty)(case(text="other"), BLACK, GREY)
+    with Server(lambda question, number: free.wait(60) and None) as server:
+        judge = judge_at(server.url, tmp_path, client={"timeout_s": 0.1, "max_retries": 1})
+        with pytest.raises(ValueError, match="not judged: .*no answer in 2 tries .*timed out"):
+            judge(case(), BLACK, GREY)
         free.set()
+    assert judge.chat.client.num_calls == 2
 
 
 def some(count, folder):

@@ -69,18 +69,25 @@ def test_the_way_back_gives_the_width_and_height_of_the_input(width, height, fit
 @pytest.mark.parametrize("fit", ["native", "square"])
 @pytest.mark.parametrize("width, height", [(1200, 800), (333, 777), (640, 250)])
 def test_the_way_back_puts_everything_where_it_was(width, height, fit):
-    """A smooth image survives the fit; a shift of one model pixel would show."""
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    image = Image.fromarray((np.stack([x, y, 1 - x], axis=2) * 255).astype(np.uint8))
-    prepared = prepare(image, 256, fit)
-    restored = prepared.restore(prepared.image_B3HW)
-    difference = np.abs(np.asarray(restored).astype(int) - np.asarray(image))
-    inner = difference[
-        height // 20 : -height // 20, width // 20 : -width // 20
-    ]  # the square's white bleeds at the edge
-    assert inner.max() <= 2
+    """Waves of 32 model pixels survive the fit; a shift of one model pixel, in either direction, would show."""
+    left, _, right, _ = prepare(Image.new("RGB", (width, height)), 256, fit).content_box
+
+    def waves(shift: int) -> np.ndarray:
+        """Shifted by so many model pixels."""
+        x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+        x, y = ((side * (right - left) / width - shift) * 2 * np.pi / 32 for side in (x, y))
+        return np.rint(127.5 + 120 * np.stack([np.sin(x), np.sin(y), np.sin(x + y)], axis=2)).astype(int)
+
+    def shown(difference: np.ndarray) -> np.ndarray:
+        """The most in each channel, without the edge, where the square's white bleeds in."""
+        return difference[height // 20 : -height // 20, width // 20 : -width // 20].max((0, 1))
+
+    prepared = prepare(Image.fromarray(waves(0).astype(np.uint8)), 256, fit)
+    difference = np.abs(np.asarray(prepared.restore(prepared.image_B3HW)).astype(int) - waves(0))
+    shifted = np.abs(waves(1) - waves(0))
+    assert shown(difference).max() <= 2 and shown(shifted).min() > 20
     if fit == "native":
-        assert difference.max() <= 4
+        assert difference.max() <= 12 < 20 < shifted.max((0, 1)).min()
 
 
 def test_native_fit_scales_by_one_factor_and_mirrors_the_rest():

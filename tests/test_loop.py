@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_checkpoint import no_room_for_more_than
+from torch import Tensor
 from training_runs import CPU, rows, weights
 
 from varedit.cli import main
@@ -22,14 +25,27 @@ from varedit.training.trainer import EditorTraining
 pytest_plugins = ["training_runs"]
 
 
-@pytest.mark.parametrize("extra", [(), ("optimizer.name=muon", "ema_decay=0.9", "async_checkpoints=true")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("optimizer.name=muon", "ema_decay=0.9", "async_checkpoints=true"),
+        ("data.num_workers=2",),
+        ("lora.rank=4", "lora.dropout=0.1", "frozen_dtype=float32"),
+    ],
+    ids=["plain", "muon", "workers", "adapters"],
+)
 def test_an_interrupted_run_has_the_losses_of_a_whole_one(editor_config, tmp_path, extra):
+    def result(run: Path) -> dict[str, Tensor]:
+        return load_file(next((run / "lora").glob("*.safetensors"))) if "lora.rank=4" in extra else weights(run)
+
     train(editor_config(*extra), tmp_path / "whole")
     train(editor_config(*extra, "steps=4"), tmp_path / "parts")
     assert train(editor_config(*extra), tmp_path / "parts", resume=True) == 6
     assert len(rows(tmp_path / "whole")) == 6
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
-    results = [weights(tmp_path / name) for name in ("whole", "parts")]
+    results = [result(tmp_path / name) for name in ("whole", "parts")]
+    assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 

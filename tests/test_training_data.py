@@ -306,7 +306,7 @@ def test_the_command_packs_features(tmp_path, raw, model, capsys):
         assert caught.value.code == code, capsys.readouterr()
     printed = capsys.readouterr()
     assert "13 pairs" in printed.out and "checksums hold" in printed.out
-    assert "was packed with" in printed.err and "--feature-size are for --features" in printed.err
+    assert "was packed with" in printed.err and "--feature-size without --features" in printed.err
     facts = json.loads((tmp_path / "out" / "index.json").read_text())["features"]
     assert facts["sizes"] == [128] and facts["dtype"] == "float16"
     assert facts["image_tokenizer"] == model_sha256(models_of(model)["image_tokenizer"])

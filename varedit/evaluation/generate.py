@@ -296,7 +296,8 @@ def peak_memory_mib(place: str = "process") -> int | None:
     """The most memory held so far, in MiB.
 
     Args:
-        place: "process": this one, of its GPU where one is used; "children": the largest program it has run.
+        place: "process": this one, of its GPU where one is used; "children": the largest program
+            it has run, on Linux no less than this process held when it began that.
 
     Returns:
         None where that cannot be known: elsewhere (endpoints), and on Windows.
