@@ -1,10 +1,12 @@
 """The filter against a real server on this machine that speaks the chat API, with all its moods."""
 
 import base64
+import contextlib
 import dataclasses
 import io
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,6 +25,8 @@ from varedit.cli.data import app
 from varedit.data.faults import Skipped
 from varedit.data.filter import Verdict, estimate, judge_pairs, read_verdicts, selected
 from varedit.data.judge_client import JudgeClient, JudgeError, estimate_tokens, json_answer
+from varedit.data.lint import LintOptions, lint
+from varedit.data.lint_report import read_flagged, write_json
 from varedit.data.readers import read
 from varedit.data.record import Record, write_folder
 
@@ -291,13 +295,94 @@ def test_verdicts_of_another_source_are_refused(judge: Judge, tmp_path: Path) ->
     with pytest.raises(ValueError, match="is about 'pair 0', the source has 'pair 2'"):
         judge_pairs(records[::-1], client_of(judge), tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="is about 'pair 0'"):
-        list(selected(records[::-1], None, {0: "pair 0"}))
+        list(selected(records[::-1], None, {0: ("pair 0", None)}))
     (tmp_path / "notes.txt").write_text("hello\nworld\n")
     with pytest.raises(ValueError, match="line 1 is no verdict"):
         judge_pairs(records, client_of(judge), tmp_path / "notes.txt")
+    for text in ("hello", '{"a": 1}'):  # one line without an end: no verdict that a crash tore
+        (tmp_path / "notes.txt").write_text(text)
+        with pytest.raises(ValueError, match="line 1 is no verdict"):
+            judge_pairs(records, client_of(judge), tmp_path / "notes.txt")
+        assert (tmp_path / "notes.txt").read_text() == text
     (tmp_path / "bad.cache").write_text("this is no database, but it is long enough to look at" * 20)
     with pytest.raises(ValueError, match="cannot be used"):
         judge_pairs(records, client_of(judge), tmp_path / "new.jsonl", cache=tmp_path / "bad.cache")
+
+
+def test_verdicts_and_findings_know_their_instruction(judge: Judge, tmp_path: Path) -> None:
+    """Origins of own tables are line numbers: after a line is deleted, each is the next pair's."""
+    rows = make_records(4)
+    numbered = [dataclasses.replace(record, origin=f"line {i + 1}") for i, record in enumerate(rows)]
+    shifted = [dataclasses.replace(record, origin=f"line {i + 1}") for i, record in enumerate(rows[1:])]
+    judge_pairs(numbered, client_of(judge), tmp_path / "v.jsonl")
+    verdicts = read_verdicts(tmp_path / "v.jsonl")
+    assert [verdict.instruction for verdict in verdicts.values()] == [record.instruction for record in rows]
+    words = "on pair 0 is about 'fine 0', the source has 'bad 1'"
+    for attempt in (
+        lambda: judge_pairs(shifted, client_of(judge), tmp_path / "v.jsonl"),
+        lambda: estimate(shifted, tmp_path / "v.jsonl"),
+        lambda: list(selected(shifted, verdicts)),
+    ):
+        with pytest.raises(ValueError, match=f"the verdict {words}"):
+            attempt()
+    write_json(lint(numbered, LintOptions(min_side=99)), "here", tmp_path / "l.json")
+    flagged = read_flagged(tmp_path / "l.json")
+    assert list(selected(numbered, None, flagged)) == []
+    with pytest.raises(ValueError, match=f"the finding {words}"):
+        list(selected(shifted, None, flagged))
+
+
+def test_verdicts_of_earlier_versions_are_read(judge: Judge, tmp_path: Path) -> None:
+    records = make_records(4)
+    judge_pairs(records[:3], client_of(judge), tmp_path / "v.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    old = [{key: line[key] for key in line if key not in ("instruction", "model")} for line in lines]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    report = judge_pairs(records, client_of(judge), tmp_path / "v.jsonl")
+    assert report.num_calls == 1 and report.num_kept == 1 and len(judge.requests) == 4
+    assert [record.origin for record in selected(records, read_verdicts(tmp_path / "v.jsonl"))] == ["pair 0"]
+
+
+def test_an_unfinished_filter_selects_nothing(judge: Judge, tmp_path: Path) -> None:
+    records = make_records(3)
+    judge_pairs(records[:2], client_of(judge), tmp_path / "v.jsonl")
+    with pytest.raises(ValueError, match=r"pair 2 \('pair 2'\) has no verdict: run varedit data filter again"):
+        list(selected(records, read_verdicts(tmp_path / "v.jsonl")))
+
+
+def test_another_model_is_refused(judge: Judge, tmp_path: Path) -> None:
+    records = make_records(2)
+    judge_pairs(records, client_of(judge), tmp_path / "v.jsonl")
+    before = (tmp_path / "v.jsonl").read_text()
+    with pytest.raises(ValueError, match="holds verdicts of 'some-model', not of 'other': use that model"):
+        judge_pairs(records, JudgeClient(judge.url, "other"), tmp_path / "v.jsonl")
+    assert (tmp_path / "v.jsonl").read_text() == before and len(judge.requests) == 2
+
+
+def test_a_cache_that_cannot_be_written_loses_no_answer(judge: Judge, tmp_path: Path) -> None:
+    records = make_records(30)
+    judge_pairs(records[:1], client_of(judge), tmp_path / "v.jsonl")
+    with contextlib.closing(sqlite3.connect(tmp_path / "v.jsonl.cache")) as database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON answers BEGIN SELECT RAISE(FAIL, 'disk is full'); END")
+    with pytest.raises(ValueError, match=r"v\.jsonl\.cache cannot be written \(disk is full\): make room") as error:
+        judge_pairs(records, client_of(judge), tmp_path / "v.jsonl", num_workers=2)
+    assert "\n" not in str(error.value)
+    assert len(read_verdicts(tmp_path / "v.jsonl")) == len(judge.requests) < 10
+    with contextlib.closing(sqlite3.connect(tmp_path / "v.jsonl.cache")) as database:
+        database.execute("DROP TRIGGER full")
+    judge_pairs(records, client_of(judge), tmp_path / "v.jsonl")
+    assert len(judge.requests) == 30
+
+
+def test_a_key_is_stripped_or_refused_unseen(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\r\n")
+    judge_pairs(make_records(1), client_of(judge), tmp_path / "v.jsonl")
+    assert judge.keys == ["Bearer secret"]
+    for key in ("sec\nret", "sec\x7fret", "secr\u2026et"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ValueError, match="the key in OPENAI_API_KEY holds a control character") as error:
+            client_of(judge)
+        assert key not in str(error.value) and "sec" not in str(error.value)
 
 
 def test_estimate(judge: Judge, tmp_path: Path) -> None:
@@ -374,6 +459,10 @@ def test_commands_from_raw_to_packed(judge: Judge, tmp_path: Path) -> None:
         (("pack", ".", "-o", "out", "--without", "gone.json"), "gone.json is no lint report"),
         (("filter", ".", "--judge-url", "localhost", "--judge-model", "m", "-o", "v"), "'localhost' is no address"),
         (("filter", ".", "--judge-url", "http://x", "--judge-model", "", "-o", "v"), "judge model is empty"),
+        (
+            ("filter", ".", "--judge-url", "http://x", "--judge-model", "m", "-o", "v", "--format", "csv"),
+            ". cannot be read or written (Is a directory)",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,8 @@ def test_other_languages(text: str) -> None:
         "keep the image unchanged.",
         "move the car to the left and to the right",
         "make the picture darker, then brighten it",
+        "make it more blurry and less blurry",
+        "add more contrast and less contrast",
     ],
 )
 def test_contradictions(text: str) -> None:
@@ -185,6 +187,9 @@ def test_contradictions(text: str) -> None:
         "raise his left arm and lower his right arm",
         "change the season from summer to winter",
         "Hut",
+        "make it less blurry and more vivid",
+        "make it more vivid, but less dark",
+        "make it less blurry and sharper",
     ],
 )
 def test_words_that_are_fine(text: str) -> None:
@@ -224,6 +229,29 @@ def test_report_files(photo: np.ndarray, tmp_path: Path) -> None:
     assert page.count("data:image/jpeg;base64,") == 2 and "&lt;b&gt;say &amp; go" in page and "<b>say" not in page
     assert "http" not in page
     assert set(values["counts"]) <= set(CHECKS)
+
+
+def test_findings_on_words_are_shown_with_the_pictures(photo: np.ndarray, tmp_path: Path) -> None:
+    """All of them: one whose pictures cannot be read comes last and without."""
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    records = [
+        Record(tmp_path / "broken.png", photo, ("",), origin="broken"),
+        Record(photo, edited(photo), ("", "!"), origin="fine but for words"),
+    ]
+    report = lint(records)
+    assert list(report.pictures) == [1]
+    assert report.counts == {"unreadable image": 1, "empty instruction": 2}, "pairs, not phrasings"
+    write_html(report, "here", tmp_path / "report.html")
+    section = (tmp_path / "report.html").read_text("utf-8").split('<h2 id="empty-instruction">')[1]
+    rows = section.split("<tr><td>")[1:]
+    assert ["broken" in row for row in rows] == [False, False, True]
+    assert ["data:image" in row for row in rows] == [True, True, False]
+
+
+def test_a_very_elongated_picture_is_looked_at() -> None:
+    strip = np.random.default_rng(0).integers(0, 256, (3, 2000, 3), np.uint8)
+    assert find_motion(strip, strip[:, ::-1]) is None
+    assert checks(Record(strip, strip, ("x",))) == [["tiny image", "unchanged"]]
 
 
 def test_bad_options_are_refused() -> None:

@@ -340,6 +340,22 @@ def test_csv(tmp_path: Path, suffix: str) -> None:
     assert faults(items) == ["missing image", "bad row", "not UTF-8"]
 
 
+def test_quotes_in_a_table(tmp_path: Path) -> None:
+    """Doubled ones, and those inside of cells that are not quoted; one that is not closed takes no rows with it."""
+    save(tmp_path / "1.png", picture(1))
+    save(tmp_path / "2.png", picture(2))
+    table = tmp_path / "pairs.csv"
+    good = 'source,target,text\n1.png,2.png,"say ""hi"""\n1.png,2.png,a 5" pipe\n1.png,2.png,""\n'
+    table.write_text(good)
+    assert [record.instruction for record in records(table)] == ['say "hi"', 'a 5" pipe', ""]
+    for rest in ("1.png,2.png,x\n", '1.png,2.png,"x"\n', ""):
+        table.write_text(good + '1.png,2.png,"make it red\n' + rest)
+        found = []
+        with pytest.raises(ValueError, match=r"pairs\.csv line 5 cannot be read .*: close the quote") as error:
+            found.extend(read(table))
+        assert "\n" not in str(error.value)
+
+
 def test_json_lines_table(tmp_path: Path) -> None:
     save(tmp_path / "1.png", picture(1))
     save(tmp_path / "2.png", picture(2))
@@ -373,6 +389,17 @@ def test_own_folders(tmp_path: Path, beside: bool) -> None:
     assert same(items[0], picture(0), picture(10), "do 0", "please do 0")
     assert same(items[1], picture(1), picture(11), "do 1", "please do 1")
     assert faults(items) == ["missing image"]
+
+
+def test_the_text_folder_comes_before_texts_beside_the_pictures(tmp_path: Path) -> None:
+    for side, text in (("source", "a caption"), ("target", "another caption")):
+        save(tmp_path / side / "a.png", picture(len(side)))
+        save(tmp_path / side / "b.png", picture(len(text)))
+        (tmp_path / side / "a.txt").write_text(text)
+        (tmp_path / side / "b.txt").write_text(text)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("make it red")
+    assert [record.instruction for record in records(tmp_path)] == ["make it red", "a caption"]
 
 
 def test_orientation_counts_for_sizes(tmp_path: Path) -> None:

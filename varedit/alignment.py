@@ -100,7 +100,8 @@ def _grey(pixels: np.ndarray) -> tuple[np.ndarray, float]:
     image = Image.fromarray(pixels).convert("L")
     scale = max(1.0, max(image.size) / WORKING_SIDE)
     if scale > 1:
-        image = image.resize((round(image.width / scale), round(image.height / scale)), Image.Resampling.BOX)
+        size = max(1, round(image.width / scale)), max(1, round(image.height / scale))
+        image = image.resize(size, Image.Resampling.BOX)
     return np.asarray(image, np.float32), scale
 
 

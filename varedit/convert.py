@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from varedit.checkpoint_files import Checkpoint, ConvertError, first_line, open_checkpoint
@@ -83,8 +84,9 @@ def convert(
             _write_part(parts["image_tokenizer"], folder / "image_tokenizer", None)
             components |= {name: part.model for name, part in parts.items()}
             VAREditPipeline(**components, **settings.pipeline).save_config(folder)
-    except OSError as error:
-        raise ConvertError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, from the text encoder's library
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConvertError(f"cannot write {output}: {reason}; make room, or choose another --output") from error
     if settings.assumed:
         listed = ", ".join(f"{name} {value}" for name, value in settings.assumed.items())
         logger.warning("no preset: assumed %s; pass a preset or these values if the model is another", listed)
@@ -431,7 +433,7 @@ def _save_text_encoder(source: str | os.PathLike, text_features: int, folder: Pa
         )
     except ConvertError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise ConvertError(f"text encoder {source!r}: {first_line(error)}; pass a folder or hub name") from error
     wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if wrong:

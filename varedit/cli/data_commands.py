@@ -109,11 +109,13 @@ def pack(  # noqa: PLR0913 - one argument an option
         list[int] | None, typer.Option(help="For --features: size classes to train at.", show_default="--size")
     ] = None,
     feature_fit: Annotated[
-        Literal["native", "square"], typer.Option(help="For --features: native or square, as in training.")
-    ] = "native",
+        Literal["native", "square"] | None,
+        typer.Option(help="For --features: native or square, as in training.", show_default="native"),
+    ] = None,
     feature_dtype: Annotated[
-        Literal["float16", "float32"], typer.Option(help="For --features: float32 gives the very bits.")
-    ] = "float16",
+        Literal["float16", "float32"] | None,
+        typer.Option(help="For --features: float32 gives the very bits.", show_default="float16"),
+    ] = None,
 ) -> None:
     """Pack pairs into WebDataset shards by aspect ratio, with checksums. Run it again to continue or to verify."""
     from varedit.data.filter import read_verdicts, selected
@@ -127,20 +129,31 @@ def pack(  # noqa: PLR0913 - one argument an option
     complete = is_packed(output)
     verdicts = read_verdicts(only) if only is not None else None
     flagged = read_flagged(without) if without is not None else None
-    items = selected(read(source, format), verdicts, flagged)
     name = " ".join(
         [source, *(f"only {only}" for _ in [only] if only), *(f"without {without}" for _ in [without] if without)]
     )
     encoder = None
-    if features is None and (text_encoder or feature_size):
-        raise ValueError("--text-encoder and --feature-size are for --features: name a model there, or leave them out")
+    given = {
+        "--text-encoder": text_encoder,
+        "--feature-size": feature_size,
+        "--feature-fit": feature_fit,
+        "--feature-dtype": feature_dtype,
+    }
+    if features is None and any(given.values()):
+        names = ", ".join(name for name, value in given.items() if value)
+        raise ValueError(f"{names} without --features does nothing: name a model there, or leave it out")
     if features is not None:
         from varedit.data.features import FeatureEncoder
 
         encoder = FeatureEncoder(
-            features, text_encoder, sizes=feature_size or [size], fit=feature_fit, dtype=feature_dtype
+            features,
+            text_encoder,
+            sizes=feature_size or [size],
+            fit=feature_fit or "native",
+            dtype=feature_dtype or "float16",
         )
     with writing(output):
+        items = selected(read(source, format), verdicts, flagged)
         found = pack(
             items, output, source=name, size=size, records_per_shard=records_per_shard, max_skipped=max_skipped,
             features=encoder,
@@ -189,7 +202,8 @@ def filter(
 
     client = JudgeClient(judge_url, judge_model)
     _check_file(output)
-    expected = estimate(read(source, format), output, price_in=price_in, price_out=price_out)
+    with writing(output):
+        expected = estimate(read(source, format), output, price_in=price_in, price_out=price_out)
     typer.echo(f"estimate: {expected}", err=True)
     if dry_run:
         return

@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # images.tar, images.tar.gz, images.tgz, images.tar.split.000, images.tar.gz.part-aa
 _ARCHIVE = re.compile(r"^(?P<stem>.+?\.(?:tar|tar\.gz|tgz))(?:\.(?:split|part)[.-](?P<part>\w+))?$")
+CHUNK = 1 << 16
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -99,7 +100,12 @@ def find_archives(root: Path) -> list[list[Path]]:
             matched = _ARCHIVE.match(name)
             if matched:
                 groups[Path(folder) / matched["stem"]].append((matched["part"] or "", Path(folder) / name))
-    return [[path for _, path in sorted(groups[stem])] for stem in sorted(groups)]
+    archives = []
+    for stem in sorted(groups):
+        paths = [path for _, path in sorted(groups[stem])]
+        # Parts that still lie beside the archive they were joined to are not to be joined to it once more.
+        archives.append(paths[:1] if paths[0] == stem else paths)
+    return archives
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,14 @@ class Pictures:
     """Finds pictures by the names that annotations use.
 
     Names in annotations and paths on disk or in archives often differ by leading folders: a name matches a file when
-    one is a tail of the other and no second file matches as well.
+    one is a tail of the other and no second file matches as well. A loose file of the very name comes first; one that
+    was unpacked beside its archive counts once.
 
     Args:
         roots: Folders (searched with everything below) and archives.
 
     Attributes:
-        faults: Archives that end too early; the members before the break can be read.
+        faults: Archives that end too early or are damaged; the members before the break can be read.
     """
 
     def __init__(self, *roots: Path) -> None:
@@ -127,6 +134,7 @@ class Pictures:
         self._streams: list[Any] = []
         self._members: dict[str, _Member | Path] | None = None
         self._by_name: dict[str, list[str]] = {}
+        self._repeated: Counter[str] = Counter()  # names in a second archive or root, which say nothing
         self.faults: list[Skipped] = []
 
     def get(self, name: str) -> Path | Encoded:
@@ -138,11 +146,10 @@ class Pictures:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.name:
             raise FaultError("bad row", f"path {name!r} leaves the folder: use a path relative to it")
-        for root in self._roots:
-            direct = root / path
-            if direct.is_file():
-                return direct
-        return self._read(self._match(str(path)))
+        direct = [root / path for root in self._roots if os.path.isfile(root / path)]  # Path's raises for long names
+        if len(direct) > 1:
+            raise self._unclear(str(path), len(direct), str(path))
+        return direct[0] if direct else self._read(self._match(str(path)))
 
     def close(self) -> None:
         for stream in self._streams:
@@ -150,17 +157,18 @@ class Pictures:
 
     def _match(self, name: str) -> str:
         members = self._index()
-        if name in members:
-            return name
-        found = [
-            other
-            for other in self._by_name.get(name.rsplit("/", 1)[-1], ())
-            if other.endswith("/" + name) or name.endswith("/" + other)
-        ]
-        if len(found) == 1:
-            return found[0]
-        what = f"{len(found)} files match {name}, such as {found[0]}" if found else f"{name} is nowhere"
-        raise FaultError("missing image", f"{what} in {', '.join(map(str, self._roots))}")
+        found = [name]
+        if name not in members:
+            alike = self._by_name.get(name.rsplit("/", 1)[-1], ())
+            found = [other for other in alike if other.endswith("/" + name) or name.endswith("/" + other)]
+        count = sum(1 + self._repeated[other] for other in found)
+        if count != 1:
+            raise self._unclear(name, count, *found[:1])
+        return found[0]
+
+    def _unclear(self, name: str, count: int, example: str = "") -> FaultError:
+        what = f"{count} files match {name}, such as {example}" if count else f"{name} is nowhere"
+        return FaultError("missing image", f"{what} in {', '.join(map(str, self._roots))}")
 
     def _read(self, name: str) -> Path | Encoded:
         member = self._index()[name]
@@ -174,23 +182,30 @@ class Pictures:
         if self._members is None:
             self._members = {}
             for root in self._roots:
-                for parts in find_archives(root):
-                    self._index_archive(parts)
                 if root.is_dir():
                     self._index_folder(root)
+                for parts in find_archives(root):
+                    self._index_archive(parts, root)
             for name in self._members:
                 self._by_name.setdefault(name.rsplit("/", 1)[-1], []).append(name)
         return self._members
 
-    def _index_archive(self, parts: list[Path]) -> None:
+    def _index_archive(self, parts: list[Path], root: Path) -> None:
         assert self._members is not None
         logger.info("reading the table of contents of %s (%d parts)", parts[0].name, len(parts))
         stream = open_archive(parts)
+        number = len(self._streams)
         self._streams.append(stream)
         for member in tar_members(stream, str(parts[0]), self.faults):
             if member.name.lower().endswith(PICTURE_SUFFIXES):
                 name = member.name.removeprefix("./")
-                self._members[name] = _Member(len(self._streams) - 1, member.offset_data, member.size)
+                before = self._members.get(name)
+                if before == root / name:  # unpacked
+                    continue
+                if before is not None and not (isinstance(before, _Member) and before.archive == number):
+                    self._repeated[name] += 1
+                # Of one name twice in one archive, the later is the one that unpacking would leave.
+                self._members[name] = _Member(number, member.offset_data, member.size)
 
     def _index_folder(self, root: Path) -> None:
         assert self._members is not None
@@ -198,11 +213,14 @@ class Pictures:
             for name in names:
                 if name.lower().endswith(PICTURE_SUFFIXES):
                     path = Path(folder) / name
-                    self._members[path.relative_to(root).as_posix()] = path
+                    inner = path.relative_to(root).as_posix()
+                    if inner in self._members:
+                        self._repeated[inner] += 1
+                    self._members[inner] = path
 
 
 def tar_members(stream: Any, origin: str, faults: list[Skipped]) -> Iterator[tarfile.TarInfo]:
-    """The complete files of a tar; where it breaks off, one "truncated shard" is added to `faults`."""
+    """The complete files of a tar; where it breaks off or is damaged, one "truncated shard" is added to `faults`."""
     previous: tarfile.TarInfo | None = None  # tarfile sees that a member is cut off only on the way to the next one
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -211,9 +229,15 @@ def tar_members(stream: Any, origin: str, faults: list[Skipped]) -> Iterator[tar
                     yield previous
                 previous = member
                 archive.members = []  # type: ignore[attr-defined]  # or it keeps all it has seen
+            # tarfile takes a damaged header for the end, as it does the zeros of the true one.
             stream.seek(archive.offset)
-            if len(stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-                faults.append(Skipped(origin, "truncated shard", "no end mark; what came before is used"))
+            rest = stream.read(tarfile.BLOCKSIZE)
+            what = "no end mark" if len(rest) < tarfile.BLOCKSIZE else ""
+            while rest and not what:
+                what = f"damaged from byte {archive.offset} on" if rest.strip(b"\0") else ""
+                rest = stream.read(CHUNK)
+            if what:
+                faults.append(Skipped(origin, "truncated shard", f"{what}; what came before is used"))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         faults.append(Skipped(origin, "truncated shard", f"{error}; what came before is used"))
         return

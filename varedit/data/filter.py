@@ -50,6 +50,7 @@ MAX_ASKS = 2  # for one pair, if the first answer makes no sense
 MAX_SIDE = 768  # pixels; pictures are sent no larger
 QUALITY = 92  # of the JPEG that is sent: artefacts must be those of the pair
 NUM_LOCKS = 4096
+_START = '{"position": '  # of every verdict's line
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Verdict:
         keep: Both answers are yes.
         matches, sharp: The two answers; None if there is no valid one.
         difference: In the judge's words; or why there is no answer.
+        instruction: The main phrasing, empty if the pair could not be read; None in files of earlier versions.
+        model: That was asked; None likewise.
     """
 
     position: int
@@ -69,6 +72,8 @@ class Verdict:
     matches: bool | None
     sharp: bool | None
     difference: str
+    instruction: str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,13 +171,20 @@ def judge_pairs(
         on_verdict: Called for each new verdict, for a progress bar.
 
     Raises:
-        ValueError: Fewer than one worker, or an output that belongs to another source.
+        ValueError: Fewer than one worker, an output that belongs to another source or model, or a cache that cannot be
+            written; what was answered is kept in the output then.
         JudgeError: The endpoint refuses or stays silent; what was answered is kept.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}: use at least 1")
     output.parent.mkdir(parents=True, exist_ok=True)
     verdicts = read_verdicts(output)
+    others = {verdict.model for verdict in verdicts.values() if verdict.model not in (None, client.model)}
+    if others:
+        raise ValueError(
+            f"{output} holds verdicts of {', '.join(sorted(map(repr, others)))}, not of {client.model!r}: "
+            "use that model, or another output"
+        )
     start_calls = client.num_calls
     answers = AnswerCache(cache or output.with_name(output.name + ".cache"))
     try:
@@ -214,7 +226,8 @@ def read_verdicts(path: Path) -> dict[int, Verdict]:
         try:
             verdict = Verdict(**json.loads(line))
         except (ValueError, RecursionError, TypeError) as error:
-            if not line.endswith("\n"):
+            # Only what a crash left of a verdict may be cut off: the one line of another file may be all that it has.
+            if not line.endswith("\n") and line[: len(_START)] == _START[: len(line)]:
                 continue
             raise ValueError(f"{path} line {number} is no verdict ({error}): name another output") from error
         found[verdict.position] = verdict
@@ -224,7 +237,7 @@ def read_verdicts(path: Path) -> dict[int, Verdict]:
 def selected(
     items: Iterable[Record | Skipped],
     verdicts: dict[int, Verdict] | None = None,
-    flagged: dict[int, str] | None = None,
+    flagged: dict[int, tuple[str, str | None]] | None = None,
 ) -> Iterator[Record | Skipped]:
     """The pairs that the judge kept and lint did not flag; what cannot be read stays, to be counted.
 
@@ -234,37 +247,54 @@ def selected(
         flagged: From `read_flagged`; None flags none.
 
     Raises:
-        ValueError: The verdicts or findings are of another source.
+        ValueError: The verdicts or findings are of another source, or a pair has no verdict yet.
     """
     for position, item in enumerate(items):
         if verdicts is not None and not isinstance(item, Skipped):
-            if not _is_done(verdicts, position, item) or not verdicts[position].keep:
+            if not _is_done(verdicts, position, item):
+                raise ValueError(
+                    f"pair {position} ({item.origin!r}) has no verdict: run varedit data filter again, to its end"
+                )
+            if not verdicts[position].keep:
                 continue
         if flagged is not None and position in flagged and not isinstance(item, Skipped):
-            if flagged[position] != item.origin:
-                raise ValueError(
-                    f"the finding on pair {position} is about {flagged[position]!r}, the source has {item.origin!r}: "
-                    "use the report of this source"
-                )
+            _refuse_other("finding", position, *flagged[position], item, "lint this source again")
             continue
         yield item
 
 
 def _is_done(verdicts: dict[int, Verdict], position: int, item: Record | Skipped) -> bool:
     verdict = verdicts.get(position)
-    if verdict is not None and verdict.origin != item.origin:
-        raise ValueError(
-            f"the verdict on pair {position} is about {verdict.origin!r}, the source has {item.origin!r}: "
-            "use the source that was judged, or another output"
-        )
-    return verdict is not None
+    if verdict is None:
+        return False
+    fix = "use the source that was judged, or judge this one into another output; with --cache, no answer is paid twice"
+    _refuse_other("verdict", position, verdict.origin, verdict.instruction, item, fix)
+    return True
+
+
+def _refuse_other(
+    what: str, position: int, origin: str, instruction: str | None, item: Record | Skipped, fix: str
+) -> None:
+    """Refuse what was said of another pair: origins that are line numbers stay when lines are deleted or rewritten."""
+    said = [(origin, item.origin)]
+    if instruction is not None and isinstance(item, Record):
+        said.append((instruction, item.instruction))
+    for about, found in said:
+        if about != found:
+            raise ValueError(f"the {what} on pair {position} is about {about!r}, the source has {found!r}: {fix}")
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
 class AnswerCache:
-    """Answers on disk, by what was asked. Safe to use from several threads."""
+    """Answers on disk, by what was asked. Safe to use from several threads.
+
+    Attributes:
+        error: Why an answer could not be kept (no room, no permission); None as long as all were.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        self.error: ValueError | None = None
         try:
             self._database = sqlite3.connect(path, check_same_thread=False)
             self._database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answers TEXT NOT NULL)")
@@ -274,15 +304,21 @@ class AnswerCache:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> list[str]:
-        with self._lock:
-            row = self._database.execute("SELECT answers FROM answers WHERE key = ?", (key,)).fetchone()
+        try:
+            with self._lock:
+                row = self._database.execute("SELECT answers FROM answers WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise ValueError(f"cache {self._path} cannot be read ({error}): name another file") from error
         return json.loads(row[0]) if row else []
 
     def put(self, key: str, answers: list[str]) -> None:
-        """Kept once this returns, whatever happens next."""
-        with self._lock:
-            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answers)))
-            self._database.commit()
+        """Kept once this returns, whatever happens next; unless `error` is set, so that an answer still gets used."""
+        try:
+            with self._lock:
+                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answers)))
+                self._database.commit()
+        except sqlite3.Error as error:
+            self.error = ValueError(f"cache {self._path} cannot be written ({error}): make room, or name another file")
 
     def close(self) -> None:
         self._database.close()
@@ -304,6 +340,8 @@ def _judged(
     locks = [threading.Lock() for _ in range(NUM_LOCKS)]
     try:
         for position, item in todo:
+            if cache.error is not None:  # nothing more is paid for; what is under way still becomes verdicts
+                break
             pending.add(pool.submit(_verdict, position, item, client, cache, locks))
             if len(pending) >= 2 * num_workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -311,6 +349,8 @@ def _judged(
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)
+        if cache.error is not None:
+            raise cache.error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -322,12 +362,17 @@ def _verdict(
     cache: AnswerCache,
     locks: list[threading.Lock],
 ) -> Verdict:
+    instruction = "" if isinstance(item, Skipped) else item.instruction
+
+    def verdict(keep: bool, matches: bool | None, sharp: bool | None, difference: str) -> Verdict:
+        return Verdict(position, item.origin, keep, matches, sharp, difference, instruction, client.model)
+
     if isinstance(item, Skipped):
-        return Verdict(position, item.origin, False, None, None, f"{item.fault}: {item.detail}")
+        return verdict(False, None, None, f"{item.fault}: {item.detail}")
     try:
         images = [_sent(picture) for picture in (item.source, item.target)]
     except FaultError as error:
-        return Verdict(position, item.origin, False, None, None, f"{error.fault}: {error}")
+        return verdict(False, None, None, f"{error.fault}: {error}")
     question = QUESTION.format(instruction=item.instruction)
     key = cache_key(images, question, client.model)
     with locks[int(key[:8], 16) % NUM_LOCKS]:
@@ -338,9 +383,9 @@ def _verdict(
             cache.put(key, answers)
             valid = _valid(answers[-1])
     if valid is None:
-        return Verdict(position, item.origin, False, None, None, f"no valid answer: {answers[-1][:200]}")
+        return verdict(False, None, None, f"no valid answer: {answers[-1][:200]}")
     matches, sharp, difference = valid
-    return Verdict(position, item.origin, matches and sharp, matches, sharp, difference)
+    return verdict(matches and sharp, matches, sharp, difference)
 
 
 def cache_key(images: list[bytes], question: str, model: str) -> str:

@@ -72,7 +72,7 @@ class JudgeClient:
             raise ValueError(f"judge temperature is {self.temperature}: use 0 to 2")
         address = self.url.rstrip("/")
         self._address = address if address.endswith("/chat/completions") else address + "/chat/completions"
-        self._key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "")
+        self._key = _key()
         self._lock = threading.Lock()
         self._quiet_until = 0.0
 
@@ -150,6 +150,17 @@ class JudgeClient:
 
 class _BadReplyError(Exception):
     """The endpoint answered 200 with something that is no chat reply."""
+
+
+def _key() -> str:
+    """From the environment; a line end that a file or a prompt left behind it is no part of it."""
+    for name in KEY_VARIABLES:
+        key = os.environ.get(name, "").strip()
+        if not (key.isascii() and key.isprintable()):  # http.client would refuse it with the key in its message
+            raise ValueError(f"the key in {name} holds a control character or one beyond ASCII: set it anew")
+        if key:
+            return key
+    return ""
 
 
 def image_part(data: bytes, kind: str = "jpeg") -> dict[str, Any]:

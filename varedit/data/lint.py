@@ -91,7 +91,8 @@ class LintReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        found = Counter(finding.check for finding in self.findings)
+        """Pairs with a finding of each check."""
+        found = Counter(check for _, check in {(finding.position, finding.check) for finding in self.findings})
         return {check: found[check] for check in CHECKS if found[check]}
 
     @property
@@ -138,8 +139,8 @@ def lint(items: Iterable[Record | Skipped], options: LintOptions | None = None) 
         pixels: list[np.ndarray] = []
         for check, detail in _checks(item, options, duplicates, pixels):
             report.findings.append(Finding(position, item.origin, check, detail, item.instruction))
-            shown[check] += 1
-            if shown[check] <= options.num_thumbnails and len(pixels) == 2:
+            if pixels and shown[check] < options.num_thumbnails:
+                shown[check] += 1
                 report.pictures[position] = (thumbnail(pixels[0]), thumbnail(pixels[1]))
     if report.num_pairs == 0:
         raise ValueError("the source holds no pairs: check its path, or name its format")
@@ -150,12 +151,14 @@ def _checks(
     record: Record, options: LintOptions, duplicates: Duplicates, pixels: list[np.ndarray]
 ) -> Iterator[tuple[str, str]]:
     """Check and detail of everything wrong with one pair; its pictures are left in `pixels`."""
-    yield from _word_checks(record, options.language)
-    try:
+    fault: FaultError | None = None
+    try:  # before anything is found, so that every finding can be shown with the pictures
         pixels += [pixels_of(record.source), pixels_of(record.target)]
     except FaultError as error:
-        pixels.clear()
-        yield error.fault, str(error)
+        fault = error
+    yield from _word_checks(record, options.language)
+    if fault is not None:
+        yield fault.fault, str(fault)
         return
     source, target = pixels
     height, width = source.shape[:2]

@@ -41,15 +41,15 @@ def write_json(report: LintReport, source: str, path: Path) -> None:
     _write(path, f'{head},\n "findings": [\n{findings}\n ]\n}}\n')
 
 
-def read_flagged(path: Path) -> dict[int, str]:
-    """Position and origin of every pair with a finding, from the table that `write_json` wrote.
+def read_flagged(path: Path) -> dict[int, tuple[str, str | None]]:
+    """Origin and instruction of every pair with a finding, by position, from the table that `write_json` wrote.
 
     Raises:
         ValueError: Not such a table.
     """
     try:
         findings = json.loads(path.read_text("utf-8"))["findings"]
-        return {int(finding["position"]): str(finding["origin"]) for finding in findings}
+        return {int(found["position"]): (str(found["origin"]), found.get("instruction")) for found in findings}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is no lint report ({error}): write one with varedit data lint --report") from error
 
@@ -73,8 +73,7 @@ def write_html(report: LintReport, source: str, path: Path) -> None:
 
 def _section(report: LintReport, check: str) -> str:
     findings = [finding for finding in report.findings if finding.check == check]
-    shown = [finding for finding in findings if finding.position in report.pictures] or findings
-    shown = shown[:SHOWN]
+    shown = sorted(findings, key=lambda finding: finding.position not in report.pictures)[:SHOWN]  # pictures first
     rows = "\n".join(_row(report, finding) for finding in shown)
     more = f"<p>and {len(findings) - len(shown)} more, in the JSON table</p>" if len(findings) > len(shown) else ""
     return (

@@ -324,31 +324,45 @@ def _picture_bytes(picture: Picture, mode: str) -> tuple[str, bytes]:
 def _continue_journal(output: Path, settings: dict[str, Any]) -> list[Shard]:
     """Shards that are complete; starts the journal in an empty folder."""
     path = output / JOURNAL
-    for partial in output.glob("*.tar.partial"):
-        partial.unlink()
     # Without a shard and an index nothing was packed yet: the journal of an attempt that failed binds to nothing.
     if not any(output.glob("*.tar")) and not (output / INDEX).exists():
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        if path.exists():
+            if not _is_journal(path):
+                raise ValueError(f"{path} is no journal of varedit data pack: choose an empty folder")
+            _drop_partials(output)
+        _write_whole(path, json.dumps(settings, ensure_ascii=False) + "\n")
         return []
     if not path.exists():
         raise ValueError(f"{output} holds tar files of another origin: choose an empty folder")
     try:
-        header, *lines = path.read_text("utf-8").splitlines(keepends=True)
+        header, *lines, torn = path.read_text("utf-8").split("\n")  # origins may hold what else splits lines
         before = json.loads(header)
-        shards = [Shard(**json.loads(line)) for line in lines if line.endswith("\n")]
+        shards = [Shard(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose an empty folder") from error
     if before != settings:
         raise ValueError(f"{output} was packed with {header.strip()}: use the same, or choose an empty folder")
-    if lines and not lines[-1].endswith("\n"):  # torn by a crash: its shard is packed again
-        path.write_text("".join([header, *lines[:-1]]), encoding="utf-8")
     for shard in shards:
         file = output / shard.file
         if not file.exists() or file.stat().st_size != shard.num_bytes:
             raise ValueError(f"{file} is missing or cut off since it was packed: choose an empty folder")
+    _drop_partials(output)
+    if torn:  # by a crash: its shard is packed again
+        _write_whole(path, "".join(f"{line}\n" for line in (header, *lines)))
     return shards
+
+
+def _is_journal(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text("utf-8").split("\n")[0])["layout"] == LAYOUT
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+def _drop_partials(output: Path) -> None:
+    """Shards that a crash left unfinished. Only for a folder that is known to be ours."""
+    for partial in output.glob("*.tar.partial"):
+        partial.unlink()
 
 
 def _write_index(output: Path, settings: dict[str, Any], report: PackReport) -> None:
@@ -361,14 +375,19 @@ def _write_index(output: Path, settings: dict[str, Any], report: PackReport) -> 
         **settings,
         "packed_with": f"varedit {__version__}",
         "num_pairs": report.num_pairs,
-        "num_skipped": dict(report.tally.faults),
+        "num_skipped": dict(sorted(report.tally.faults.items())),
         "origins": dict(sorted(origins.items())),
         "licences": dict(sorted(licences.items())),
         "shards": [asdict(shard) for shard in shards],
     }
-    partial = output / f"{INDEX}.partial"
+    _write_whole(output / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, output / INDEX)
+    os.replace(partial, path)

@@ -198,14 +198,17 @@ def _read_csv(path: Path) -> Iterator[Item]:
 
 
 def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
-    """The rows of a table. Raises ValueError where a cell has no end."""
-    rows, first = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ","), 1
+    """The rows of a table. Raises ValueError where a quoted cell has no end, or goes on after its end."""
+    # Unless strict, a quote that is not closed takes all later rows into its cell.
+    rows, first = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True), 1
     try:
         for row in rows:
             yield row
             first = rows.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path} line {first} cannot be read ({error}): close the quote that opens there") from error
+        raise ValueError(
+            f"{path} line {first} cannot be read ({error}): close the quote that opens there, double those inside"
+        ) from error
 
 
 def _cell(text: str) -> bytes:
@@ -257,7 +260,7 @@ def _word(known: dict[str, Any], role: str) -> str:
 def _read_folder(folder: Path) -> Iterator[Item]:
     if (folder / "source").is_dir():
         sides = {role: _by_stem(folder / role) for role in ("source", "target", "mask")}
-        texts = {path.stem: path for name in ("text", "source", "target") for path in folder.glob(f"{name}/*.txt")}
+        texts = {path.stem: path for name in ("target", "source", "text") for path in folder.glob(f"{name}/*.txt")}
     else:
         sides = {
             role: {path.name.split(".", 1)[0]: path for path in sorted(folder.glob(f"*.{short}.*"))}

@@ -115,7 +115,8 @@ def cut_out_mask(picture: Path | Encoded, size: tuple[int, int]) -> np.ndarray:
         with open_picture(picture) as image:
             upright = ImageOps.exif_transpose(image)
             opaque = upright.convert("RGBA").getchannel("A")
-            hole = opaque.point(lambda level: 255 - level) if opaque.getextrema()[0] < 128 else upright.convert("L")
+            is_cut = bool((np.asarray(opaque) < 128).any())
+            hole = ImageOps.invert(opaque) if is_cut else upright.convert("L")
             return np.asarray(hole.resize(size[::-1], Image.Resampling.NEAREST)) > 127
     except READ_ERRORS as error:
         raise ValueError(f"mask {picture} cannot be read: {reason(error)}") from error

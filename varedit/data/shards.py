@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from varedit.data.archives import PICTURE_SUFFIXES, tar_members
 from varedit.data.faults import FaultError, Skipped, checked_record, text_of, texts_of
@@ -70,7 +70,9 @@ def read_packed(folder: Path) -> Iterator[Item]:
             continue
         for item in read_shard(path):
             yield with_lost_pairs(item, num_left)
-            num_left -= 1
+            num_left = 0 if is_break(item) else num_left - 1
+        if num_left > 0:
+            yield short_shard(path, num_left)
 
 
 def missing_shard(path: Path, num_pairs: int) -> Skipped:
@@ -78,11 +80,19 @@ def missing_shard(path: Path, num_pairs: int) -> Skipped:
     return Skipped(str(path), "missing shard", f"{num_pairs} pairs", max(1, num_pairs))
 
 
+def short_shard(path: Path, num_pairs: int) -> Skipped:
+    """What is yielded for a whole shard with `num_pairs` fewer than the index promises."""
+    return Skipped(str(path), "truncated shard", f"{num_pairs} pairs fewer than {INDEX} says", num_pairs)
+
+
+def is_break(item: Item) -> TypeGuard[Skipped]:
+    """True for what is yielded where a shard breaks off."""
+    return isinstance(item, Skipped) and item.fault == "truncated shard"
+
+
 def with_lost_pairs(item: Item, num_left: int) -> Item:
     """An item of a shard; where the shard breaks off, it counts for the `num_left` pairs that the index promises."""
-    if isinstance(item, Skipped) and item.fault == "truncated shard":
-        return replace(item, num_pairs=max(1, num_left))
-    return item
+    return replace(item, num_pairs=max(1, num_left)) if is_break(item) else item
 
 
 def read_released(source: Path) -> Iterator[Item]:

@@ -158,12 +158,21 @@ def _against(first: list[str], second: list[str]) -> str | None:
         return f"changes {' '.join(sorted(one))} after removing it"
     if not same:
         return None
+    wishes = [_wishes(clause) & set(clause) - _qualified(clause, {"less"}) for clause in (first, second)]
+    degrees = [_qualified(clause, {"more", "less"}) for clause in (first, second)]
+    if all(degrees) and not degrees[0] & degrees[1]:  # "less blurry and more vivid": each of its own
+        wishes = [words - {"more", "less"} for words in wishes]
     for left, right in _SIDES:
         for side, opposite in ((left, right), (right, left)):
-            wanted, against = side & _wishes(first) & set(first), opposite & _wishes(second) & set(second)
+            wanted, against = side & wishes[0], opposite & wishes[1]
             if wanted and against and not (opposite & set(first)) and not (side & set(second)):
                 return f"asks for {sorted(wanted)[0]} and {sorted(against)[0]}"
     return None
+
+
+def _qualified(clause: list[str], by: set[str]) -> set[str]:
+    """The words of a clause that directly follow one of `by`."""
+    return {word for before, word in zip(clause, clause[1:]) if before in by}
 
 
 def _same_thing(removed: frozenset[str], clause: list[str]) -> bool:

@@ -229,7 +229,7 @@ class Backbones:
                 f"lpips needs torchmetrics and torchvision ({error}); leave it out of --metrics"
             ) from error
         with _weights_only():
-            metric = _load(lambda net: LearnedPerceptualImagePatchSimilarity(net_type=net), "squeeze", self.device)
+            metric = _load(lambda _: LearnedPerceptualImagePatchSimilarity(net_type="squeeze"), "squeeze", self.device)
         return lambda first, second: float(metric(first, second))
 
     def protocol(self, role: str) -> dict[str, str]:

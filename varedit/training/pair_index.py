@@ -26,6 +26,7 @@ from varedit.data.shards import (
     read_members,
     read_sample,
     samples,
+    short_shard,
 )
 from varedit.data.shards import INDEX as SHARD_INDEX
 
@@ -163,6 +164,8 @@ def _scan_shards(folder: Path) -> Iterator[dict[str, Any] | Skipped]:
                 yield entry | {"origin": f"{path.name} {key}"}
         for fault in faults:
             yield replace(fault, num_pairs=max(1, num_left))
+        if num_left > 0 and not faults:
+            yield short_shard(path, num_left)
 
 
 def _entry(record: Record, place: dict[str, Any]) -> dict[str, Any]:
