@@ -99,16 +99,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(editor_config, tmp_path):
         loop.run()
 
 
-@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
-def test_no_checkpoint_of_a_step_that_was_not_finite(editor_config, tmp_path, spoilt):
-    """The log has no line before step 6, the next checkpoint is due at step 4."""
-    settings, folder = editor_config("log_every=6"), tmp_path / "run"
+def three_steps(settings, folder):
+    """A loop after three steps, and its data."""
     training = EditorTraining(settings, CPU, folder)
     loop = Loop(settings, training, CPU, folder, resume=False)
     data = batches(training.plan, settings.micro_batch_size, 0, settings.steps, (0, 1), 0)
     for _ in range(3):
         loop.train_step(data)
         loop.after_step()
+    return loop, data
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_no_checkpoint_of_a_step_that_was_not_finite(editor_config, tmp_path, spoilt):
+    """The log has no line before step 6, the next checkpoint is due at step 4."""
+    loop, data = three_steps(editor_config("log_every=6"), tmp_path / "run")
     if spoilt == "loss":
         next(iter(loop.parameters.values())).data.fill_(float("nan"))
     else:  # the loss is that of good weights, the update spoils them
@@ -124,12 +129,7 @@ def test_the_first_line_after_a_resume_is_that_of_an_uninterrupted_run(editor_co
     """The log has a line every four steps, the run is killed after the checkpoint of step 2."""
     settings, folder = editor_config("log_every=4"), tmp_path / "run"
     train(settings, tmp_path / "whole")
-    training = EditorTraining(settings, CPU, folder)
-    loop = Loop(settings, training, CPU, folder, resume=False)
-    data = batches(training.plan, settings.micro_batch_size, 0, settings.steps, (0, 1), 0)
-    for _ in range(3):
-        loop.train_step(data)
-        loop.after_step()
+    three_steps(settings, folder)
     train(settings, folder, resume=True)
     for key in ("step", "loss", "accuracy", "gradient_norm"):
         assert rows(folder, key) == rows(tmp_path / "whole", key)
