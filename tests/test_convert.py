@@ -501,7 +501,7 @@ def test_failed_conversion_keeps_the_old_folder(files, tmp_path):
 
 def test_unwritable_output(files, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConvertError, match="cannot write"):
+    with pytest.raises(ValueError, match="cannot write"):
         convert(**files, output=tmp_path / "file" / "out")
 
 
@@ -712,7 +712,7 @@ def test_a_disk_that_fills_up_is_one_line(text_folder, files, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow larger
     try:
-        with pytest.raises(ConvertError, match=r"cannot write .*out: .*; make room") as error:
+        with pytest.raises(ValueError, match=r"cannot write .*out: .*; make room") as error:
             convert(**files, output=tmp_path / "out", text_encoder=text_folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -131,6 +131,9 @@ def test_the_command_merges_into_a_model_folder(trained, varedit, model_folder, 
     assert torch.equal(bits(VAREditPipeline.from_pretrained(merged)), before)
     varedit(*merge, f"{tmp_path}=much", "--overwrite").assert_refused("much", "no number")
     varedit(*merge, tmp_path / "none", "--overwrite").assert_refused("none", "not there")
+    (tmp_path / "file").touch()
+    inside = ["train", "merge", "--model", model_folder, "-o", tmp_path / "file" / "merged", tmp_path]
+    varedit(*inside).assert_refused("cannot write", "choose another")
     assert torch.equal(bits(VAREditPipeline.from_pretrained(merged)), before)
 
 

@@ -66,7 +66,8 @@ def convert(
 
     Raises:
         ConvertError: a file is unreadable or holds more than tensors; keys are missing, extra or of another shape; the
-            parts do not belong together; `output` exists or cannot be written.
+            parts do not belong together.
+        ValueError: `output` exists or cannot be written.
     """
     output = Path(output)
     settings = _settings(preset, position_layout, fit, size)
@@ -74,19 +75,15 @@ def convert(
         raise ConvertError(f"dtype {dtype} is not supported (T5 overflows in float16); use float32 or bfloat16")
     check_folder(output, overwrite)
     parts = _match_parts(Path(transformer), Path(image_tokenizer), settings)
-    try:
-        with written_whole(output) as folder:
-            components = {"text_encoder": None, "tokenizer": None}
-            if text_encoder is not None:
-                text_features = parts["transformer"].model.config.text_features
-                components = _save_text_encoder(text_encoder, text_features, folder, dtype)
-            _write_part(parts["transformer"], folder / "transformer", dtype)
-            _write_part(parts["image_tokenizer"], folder / "image_tokenizer", None)
-            components |= {name: part.model for name, part in parts.items()}
-            VAREditPipeline(**components, **settings.pipeline).save_config(folder)
-    except (OSError, SafetensorError) as error:  # the latter for a full disk, from the text encoder's library
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ConvertError(f"cannot write {output}: {reason}; make room, or choose another --output") from error
+    with written_whole(output) as folder:
+        components = {"text_encoder": None, "tokenizer": None}
+        if text_encoder is not None:
+            text_features = parts["transformer"].model.config.text_features
+            components = _save_text_encoder(text_encoder, text_features, folder, dtype)
+        _write_part(parts["transformer"], folder / "transformer", dtype)
+        _write_part(parts["image_tokenizer"], folder / "image_tokenizer", None)
+        components |= {name: part.model for name, part in parts.items()}
+        VAREditPipeline(**components, **settings.pipeline).save_config(folder)
     if settings.assumed:
         listed = ", ".join(f"{name} {value}" for name, value in settings.assumed.items())
         logger.warning("no preset: assumed %s; pass a preset or these values if the model is another", listed)

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def check_folder(output: Path, overwrite: bool) -> None:
     """Raise ValueError where a model cannot be written: the folder exists, or holds something else than a model."""
@@ -20,7 +22,21 @@ def check_folder(output: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def written_whole(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place at the end, or vanishes on any error."""
+    """A temporary folder beside `output` that takes its place at the end, or vanishes on any error.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        with _in_its_place(output) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"cannot write {output}: {reason}; make room, or choose another --output") from error
+
+
+@contextlib.contextmanager
+def _in_its_place(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     parent = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
