@@ -429,9 +429,7 @@ def test_masks_may_be_transparent_where_the_edit_goes(pictures, options, tmp_pat
     first, second = (load_image(output / name).rgb for name in ("white.png", "clear.png"))
     assert np.array_equal(np.asarray(first), np.asarray(second))
     assert prepare_output(output, jobs, options, resume=True) == []
-    with pytest.raises(ValueError, match=r"white\.png' exists already"):  # the file is the other convention's
-        prepare_output(output, [every[0]], options, resume=True)
-    assert prepare_output(output, [every[0]], replace(options, overwrite=True), resume=True) == [every[0]]
+    assert prepare_output(output, [every[0]], options, resume=True) == [every[0]]  # nobody has touched the file
 
 
 def test_what_nobody_foresaw_fails_by_itself(jobs, options, tmp_path):

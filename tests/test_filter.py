@@ -332,6 +332,16 @@ def test_verdicts_and_findings_know_their_instruction(judge: Judge, tmp_path: Pa
         list(selected(shifted, None, flagged))
 
 
+def test_a_pair_that_was_repaired_is_judged_again(judge: Judge, tmp_path: Path) -> None:
+    records = make_records(2)
+    broken = [Skipped("pair 0", "missing image", "gone"), records[1]]
+    judge_pairs(broken, client_of(judge), tmp_path / "v.jsonl")
+    assert read_verdicts(tmp_path / "v.jsonl")[0].instruction == ""
+    assert judge_pairs(records, client_of(judge), tmp_path / "v.jsonl").num_calls == 1
+    assert [item.origin for item in selected(records, read_verdicts(tmp_path / "v.jsonl"))] == ["pair 0"]
+    assert list(selected(records, None, {0: ("pair 0", "")})) == records[1:]  # a finding of then still leaves it out
+
+
 def test_verdicts_of_earlier_versions_are_read(judge: Judge, tmp_path: Path) -> None:
     records = make_records(4)
     judge_pairs(records[:3], client_of(judge), tmp_path / "v.jsonl")

@@ -341,14 +341,21 @@ def test_csv(tmp_path: Path, suffix: str) -> None:
 
 
 def test_quotes_in_a_table(tmp_path: Path) -> None:
-    """Doubled ones, and those inside of cells that are not quoted; one that is not closed takes no rows with it."""
+    """Doubled ones, and those inside of cells that are not quoted; one that is not closed takes no rows with it.
+
+    Text after a closed quote spoils its own row only.
+    """
     save(tmp_path / "1.png", picture(1))
     save(tmp_path / "2.png", picture(2))
     table = tmp_path / "pairs.csv"
     good = 'source,target,text\n1.png,2.png,"say ""hi"""\n1.png,2.png,a 5" pipe\n1.png,2.png,""\n'
     table.write_text(good)
     assert [record.instruction for record in records(table)] == ['say "hi"', 'a 5" pipe', ""]
-    for rest in ("1.png,2.png,x\n", '1.png,2.png,"x"\n', ""):
+    table.write_text(good + '1.png,2.png,"Sale" sign in red\n1.png,2.png,x\n')
+    found = list(read(table))
+    assert isinstance(found[3], Skipped) and (found[3].origin, found[3].fault) == ("pairs.csv line 5", "bad row")
+    assert len(found) == 5 and found[4].instruction == "x"
+    for rest in ("1.png,2.png,x\n", ""):
         table.write_text(good + '1.png,2.png,"make it red\n' + rest)
         found = []
         with pytest.raises(ValueError, match=r"pairs\.csv line 5 cannot be read .*: close the quote") as error:

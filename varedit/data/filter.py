@@ -265,8 +265,8 @@ def selected(
 
 def _is_done(verdicts: dict[int, Verdict], position: int, item: Record | Skipped) -> bool:
     verdict = verdicts.get(position)
-    if verdict is None:
-        return False
+    if verdict is None or (verdict.instruction == "" and isinstance(item, Record) and item.instruction):
+        return False  # none, or one from before the pair could be read
     fix = "use the source that was judged, or judge this one into another output; with --cache, no answer is paid twice"
     _refuse_other("verdict", position, verdict.origin, verdict.instruction, item, fix)
     return True
@@ -275,9 +275,12 @@ def _is_done(verdicts: dict[int, Verdict], position: int, item: Record | Skipped
 def _refuse_other(
     what: str, position: int, origin: str, instruction: str | None, item: Record | Skipped, fix: str
 ) -> None:
-    """Refuse what was said of another pair: origins that are line numbers stay when lines are deleted or rewritten."""
+    """Refuse what was said of another pair: origins that are line numbers stay when lines are deleted or rewritten.
+
+    No instruction was noted by earlier versions, and of pairs that could not be read.
+    """
     said = [(origin, item.origin)]
-    if instruction is not None and isinstance(item, Record):
+    if instruction and isinstance(item, Record):
         said.append((instruction, item.instruction))
     for about, found in said:
         if about != found:

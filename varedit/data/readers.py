@@ -182,7 +182,10 @@ def _read_csv(path: Path) -> Iterator[Item]:
         start = lines.read(3)
         lines.seek(3 if start == "\xef\xbb\xbf" else 0)  # the byte order mark that spreadsheets write
         rows = _csv_rows(path, lines)
-        header = [_cell(name) for name in next(rows, [])]
+        first = next(rows, [])
+        if isinstance(first, csv.Error):
+            raise ValueError(f"{path} has no readable header ({first})")
+        header = [_cell(name) for name in first]
         names = [name.decode("utf-8", "replace").strip() for name in header]
         for role in ("source", "target", "instructions"):
             if not set(ALIASES[role]) & set(names):
@@ -191,24 +194,34 @@ def _read_csv(path: Path) -> Iterator[Item]:
             if not cells:
                 continue
             origin = f"{path.name} line {number}"
+            if isinstance(cells, csv.Error):
+                yield Skipped(origin, "bad row", f"{cells}; double the quotes inside a quoted cell, or close it")
+                continue
             if len(cells) != len(names):
                 yield Skipped(origin, "bad row", f"{len(cells)} cells under {len(names)} headings")
                 continue
             yield _row_record(origin, {name: _cell(cell) for name, cell in zip(names, cells)}, pictures)
 
 
-def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
-    """The rows of a table. Raises ValueError where a quoted cell has no end, or goes on after its end."""
-    # Unless strict, a quote that is not closed takes all later rows into its cell.
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[list[str] | csv.Error]:
+    """The rows of a table, and errors in place of those that cannot be read.
+
+    Raises:
+        ValueError: A quoted cell has no end, and takes all later rows into it.
+    """
     rows, first = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True), 1
-    try:
-        for row in rows:
-            yield row
-            first = rows.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f"{path} line {first} cannot be read ({error}): close the quote that opens there, double those inside"
-        ) from error
+    while True:
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if " expected after " not in str(error):  # text after a closed quote spoils its own row only
+                raise ValueError(
+                    f"{path} line {first} cannot be read ({error}): close the quote that opens there"
+                ) from error
+            yield error
+        first = rows.line_num + 1
 
 
 def _cell(text: str) -> bytes:

@@ -98,7 +98,8 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
         if results.exists() and not resume and not options.overwrite:
             raise ValueError(f"{str(results)!r} exists already; pass --resume to go on, --overwrite to start anew")
         records = read_results(folder) if resume else []
-        recorded = {record["output"] for record in records if record["status"] == "ok"}
+        made = {(record["output"], record.get("sha256")) for record in records if record["status"] == "ok"}
+        recorded = {output for output, _ in made}
         done = _finished(records, folder, jobs, options) if resume else set()
         for left in folder.rglob(TEMPORARY) if resume else ():
             left.unlink()
@@ -106,8 +107,8 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
         for job in todo:
             target = folder / job.output
             embedded = target.suffix.lower() in EMBEDDING_SUFFIXES
-            # What was recorded is whole: where it is not the recorded file any more, somebody has changed it since.
-            changed = job.output in recorded and target.exists()
+            # What was recorded is whole: where it is not a recorded file any more, somebody has changed it since.
+            changed = job.output in recorded and target.exists() and (job.output, _file_sha256(target)) not in made
             for path in (target,) if embedded else (target, side_file(target)):
                 if not path.exists() or options.overwrite:
                     continue
@@ -216,8 +217,9 @@ def run_batch(
 
     Args:
         jobs: of `read_jobs`, less what `prepare_output` found done.
-        anew: replace the record of an earlier batch, but not before there is something to record: a model that does not
-            load must not cost it.
+        anew: replace the record of an earlier batch (else lines are added to it), but not before there is something to
+            record: a model that does not load must not cost it. Until then its lines may tell of pictures that are
+            replaced already.
         on_result: told each record as it is made.
         run: where chunks of jobs are done; None is this machine, `ray_batch.run_on_ray` a cluster.
 

@@ -13,6 +13,7 @@ from torch import nn
 from varedit import __version__
 from varedit.data.features import model_sha256, stored_facts
 from varedit.data.shards import is_packed
+from varedit.data.synthetic.world import REVISION
 from varedit.training.config import DataConfig, RunConfig
 from varedit.training.data import IndexedPairs, Pairs, WorldPairs, stream_seed
 from varedit.training.pair_index import check_pairs, load_entries, load_origin, pairs_origin, save_entries, scan
@@ -50,7 +51,7 @@ def open_pairs(
             facts[name] = _listing(Path(place)) if place else None
         pairs: Pairs = _open_world(config, config.seed, "train")
         held_out: Pairs | None = _open_world(config, config.seed + 1, "test") if data.validation_count else None
-        facts["fingerprint"] = _digest([__version__, facts])
+        facts["fingerprint"] = _digest([__version__, REVISION, facts])
     else:
         use_features = _has_features(Path(data.source), data, models)
         entries, facts["fingerprint"] = _entries(Path(data.source), folder / _INDEX, config, processes)
