@@ -1,7 +1,7 @@
 """Time and memory of one training step by model size, by the trainer itself.
 
     python benchmarks/train.py --output benchmarks/results/train_cpu.md
-    python benchmarks/train.py --model tiny --repeats 2
+    python benchmarks/train.py --model 7m --repeats 2
     python benchmarks/train.py --size 256 --batch-size 32 --output benchmarks/results/train_cuda.md
 
 A step is all of it but the data: frozen image tokenizer, forward, backward, clipping, AdamW. Each model is measured in
@@ -45,7 +45,7 @@ from varedit.transformer import VAREditTransformer, attention_mask
 NUM_TEXT_TOKENS = 12
 _SMALL = {"num_bits": 56, "text_features": 384, "num_text_heads": 4, "max_text_tokens": 64, "num_levels": 13}
 MODELS: dict[str, dict] = {
-    "tiny": {"width": 256, "num_blocks": 6, "num_heads": 4, **_SMALL},  # the default model before it was made deeper
+    "7m": {"width": 256, "num_blocks": 6, "num_heads": 4, **_SMALL},
     "30m": {"width": 512, "num_blocks": 6, "num_heads": 8, **_SMALL},
     "125m": {"width": 768, "num_blocks": 12, "num_heads": 12, **_SMALL},
     "2b": dict(PRESETS["infinity-2b"].transformer),

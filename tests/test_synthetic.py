@@ -260,6 +260,18 @@ def test_phrasings_are_many_and_the_held_out_ones_apart() -> None:
     assert set(more_phrases()) == set(phrases.PHRASES)
 
 
+def test_no_further_phrasing_says_a_held_out_one_with_words_around_it() -> None:
+    common = set("a all an and by for in into it kind make of on pic please ref some that the this to up with".split())
+
+    def words(template: str) -> set[str]:
+        return set(re.findall(r"[a-z]+", re.sub(r"{\w+}", "", template.lower()))) - common
+
+    for key, (_, held_out) in phrases.PHRASES.items():
+        for template in held_out:
+            if len(words(template)) > 1:  # of one word alone hardly any would be left
+                assert not [more for more in more_phrases()[key] if words(template) <= words(more)], template
+
+
 def test_an_added_objects_place_is_named_or_not(folders: tuple[Path, Path]) -> None:
     world = World(*folders, "test", 128, weights={"add": 1})
     places = [words for spot in SPOT_WORDS.values() for words in spot] + [words for words, _, _ in RELATIONS]
