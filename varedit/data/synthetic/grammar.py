@@ -29,6 +29,16 @@ SAID = {"text_add": "colour"}  # key -> a slot that a clause has to name if it i
 _SPACES = re.compile(r"\s+")
 
 
+def _openings(template: str) -> set[str]:
+    """The words that a template may begin with, lower case."""
+    first = re.match(r"\[([^\[\]]*)\]", template)
+    return {words.split()[0].rstrip(",:").lower() for words in (first[1].split("|") if first else [template]) if words}
+
+
+# How the plain templates begin: with a verb, if not as in `STATEMENTS`.
+_REQUESTS = frozenset().union(*(_openings(t) for seen, held_out in PHRASES.values() for t in (*seen, *held_out)))
+
+
 def expand(rng: random.Random, template: str, slots: dict[str, str]) -> str:
     """Fill the slots of a template and make its free choices (innermost first)."""
     text = template
@@ -70,6 +80,7 @@ def clause(
         usable = [
             t for t in usable
             if " " in t and "?" not in t and not t.startswith(NOT_JOINED) and not _BEYOND.search(t)
+            and _openings(t) <= _REQUESTS
         ] or usable  # fmt: skip
     return expand(rng, rng.choice(usable), filled)
 
@@ -79,6 +90,7 @@ def dress(rng: random.Random, text: str) -> str:
     question = text.endswith("?")
     polite = re.search(r"\b(please|pls|kindly|thanks)\b", text) is not None
     imperative = not question and not polite and not text.startswith(STATEMENTS) and " " in text
+    imperative = imperative and _openings(text) <= _REQUESTS
     chance = rng.random()
     if imperative and chance < 0.06:
         text = f"please {text}"

@@ -35,7 +35,7 @@ NOT_COMBINED = ("invert", "tint", "mirror", "upside_down")  # they undo the colo
 NUM_PHRASINGS = 3
 JOINTS = (" and ", ", then ", " and then ", ", and ")
 TINTS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "turquoise")
-REVISION = 2
+REVISION = 3
 """Of what a seed draws: raised when pairs of a seed come out different, so that no training goes on with others."""
 TRIES = 60
 
