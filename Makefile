@@ -70,7 +70,7 @@ else
 	$(BIN)/python benchmarks/parity.py --vectors $(VECTORS) --output benchmarks/results/parity.md
 endif
 	$(BIN)/python benchmarks/convert_memory.py
-	$(BIN)/python benchmarks/edit.py --model varedit/models/tiny --size 128 --dtype float32 --repeats 5 --output benchmarks/results/edit_tiny_128.md
+	$(BIN)/python benchmarks/edit.py --model varedit/models/tiny --size 128 --dtype float32 --repeats 31 --output benchmarks/results/edit_tiny_128.md
 	$(BIN)/python benchmarks/edit.py --preset 2b-512 --size 256 --output benchmarks/results/edit_2b_256.md
 
 clean:

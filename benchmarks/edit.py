@@ -1,7 +1,8 @@
-"""Time and memory of one edit, with random weights of a released size or with a model folder.
+r"""Time and memory of one edit, with random weights of a released size or with a model folder.
 
     python benchmarks/edit.py --preset 2b-512 --size 256 --output benchmarks/results/edit_2b_256.md
-    python benchmarks/edit.py --model varedit/models/tiny --size 128
+    python benchmarks/edit.py --model varedit/models/tiny --size 128 --dtype float32 --repeats 31 \
+        --output benchmarks/results/edit_tiny_128.md
 
 Random weights cost what trained ones cost. The text encoder is left out of a preset's run (its states are random):
 it adds its own pass over a dozen tokens.

@@ -106,7 +106,11 @@ def to_batch(pairs: list[Pair], schedule: ScaleSchedule) -> Batch:
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Endless pairs, a batch at a time. Batch number n is a function of (seed, n) alone, so a resume skips nothing."""
+    """Endless pairs, a batch at a time, from pair number `first` on.
+
+    Pair n is a function of (seed, n) and the shape of its batch, so a resume repeats nothing and skips nothing; with
+    another batch size it goes on at the next whole batch.
+    """
 
     def __init__(
         self, objects: Path | None, photos: Path | None, batch_size: int, seed: int, first: int, weights: dict | None
@@ -118,7 +122,7 @@ class Stream(torch.utils.data.IterableDataset):
         torch.set_num_threads(1)
         worlds: dict[float, World] = {}
         ratios, weights = np.array(list(ASPECTS)), np.array(list(ASPECTS.values()), float)
-        number = self.first
+        number = -(-self.first // self.batch_size)
         while True:
             ratio = float(np.random.default_rng((self.seed, number)).choice(ratios, p=weights / weights.sum()))
             if ratio not in worlds:
@@ -150,7 +154,7 @@ def tokenizer(
         model.initialize()
     model = model.train().to(memory_format=torch.channels_last)
     progress = Progress(run, "tokenizer", minutes, model, muon_and_adamw(model, muon_lr=muon_lr, adamw_lr=muon_lr / 10))
-    for batch in stream(objects, photos, batch_size // 2, seed, progress.step):
+    for batch in stream(objects, photos, batch_size // 2, seed, progress.samples // 2):
         if progress.done:
             break
         progress.rates(warm_up=60)
@@ -263,7 +267,7 @@ def editor(
     average = Average(dict(model.named_parameters()), AVERAGE_DECAY)
     progress = Progress(run, "editor", minutes, parts, optimizers, average)
     patch_size = TOKENIZER["patch_size"]
-    for batch in stream(objects, photos, batch_size, seed, progress.step, EDITS):
+    for batch in stream(objects, photos, batch_size, seed, progress.samples, EDITS):
         if progress.done:
             break
         progress.rates(warm_up=60, decay=decay)

@@ -450,6 +450,21 @@ def test_impossible_options_are_refused():
             BatchOptions(**{name: 0})
 
 
+@pytest.mark.parametrize(("size", "part", "named"), [(1024, None, "size 1024"), (None, "text_encoder", "text encoder")])
+def test_what_no_picture_can_be_edited_with_is_refused_at_once(size, part, named, pictures, model, varedit, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    if part:
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {part: [None, None]}))
+    sized = ["--size", size] if size else []
+    for _ in range(2):  # nothing of the first stands in the way of the second
+        varedit("batch", pictures / "jobs.jsonl", "-o", tmp_path / "out", "--model", folder, *sized).assert_refused(
+            named
+        )
+        assert read_results(tmp_path / "out") == []
+
+
 def test_processes_take_the_threads_they_are_told(options, tmp_path):
     before = torch.get_num_threads()
     try:

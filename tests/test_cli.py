@@ -1,12 +1,15 @@
 """The `varedit` command, run in process on a tiny model folder."""
 
 import json
+import os
 import pickle
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from varedit.cli import doctor as doctor_module
 from varedit.cli import edit as edit_module
 from varedit.cli.edit import amount_changed
 
@@ -30,7 +34,9 @@ def photo(tmp_path) -> Path:
 # -- what is loaded
 
 
-@pytest.mark.parametrize("command", [[], ["edit"], ["convert"], ["data"], ["data", "synth"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["edit"], ["convert"], ["data"], ["data", "synth"], ["doctor"], ["inspect", "attention"]]
+)
 def test_help_loads_neither_torch_nor_diffusers(command):
     code = (
         "import sys\nfrom varedit.cli import main\n"
@@ -41,6 +47,12 @@ def test_help_loads_neither_torch_nor_diffusers(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["session"], ["data"]])
+def test_a_command_without_its_rest_is_help_alone(varedit, command):
+    ran = varedit(*command)
+    assert (ran.code, ran.err) == (2, "") and "Usage" in ran.out
 
 
 def test_version(varedit):
@@ -159,6 +171,32 @@ def test_doctor_reports_this_machine(varedit):
     assert models["8b-512"]["weights_gib"] > models["2b-512"]["weights_gib"] > 4
 
 
+def test_doctor_judges_each_device_by_the_precision_used_there():
+    weights = next(one["weights_gib"] for one in doctor_module._models({}) if one["model"] == "2b-512")
+    memory = {"cuda:0": 1.5 * weights, "cpu": 1.5 * weights}
+    two = next(one for one in doctor_module._models(memory) if one["model"] == "2b-512")
+    assert two["fits"] == ["cuda:0"] and two["fits_in_bfloat16"] == ["cuda:0", "cpu"]
+    two = next(one for one in doctor_module._models({"cpu": 2.5 * weights}) if one["model"] == "2b-512")
+    assert two["fits"] == ["cpu"]
+
+
+def test_doctor_knows_a_text_encoder_by_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    ((name, present),) = doctor_module._text_encoders().items()
+    repository = tmp_path / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    for file in ("config.json", "model.safetensors.index.json", "a.safetensors"):
+        assert not present
+        (snapshot / file).write_text(json.dumps({"weight_map": {"one": "a.safetensors", "two": "b.safetensors"}}))
+        present = doctor_module._text_encoders()[name]
+    assert not present
+    (snapshot / "b.safetensors").write_text("")
+    assert doctor_module._text_encoders()[name]
+
+
 def test_doctor_in_words(varedit):
     ran = varedit("doctor")
     assert ran.code == 0
@@ -242,6 +280,40 @@ def test_bad_instruction(instruction, varedit, model_folder, photo, tmp_path):
     assert list(tmp_path.iterdir()) == [photo]
 
 
+def test_a_full_device_is_one_line(varedit, photo, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has none")
+
+    monkeypatch.setattr(edit_module, "load_model", full)
+    varedit("edit", photo, "blur").assert_refused("CUDA out of memory: take a smaller size", "--device cpu")
+
+
+def test_a_proxy_that_refuses_is_one_line(photo):
+    refusing = socket.create_server(("127.0.0.1", 0))
+
+    def refuse():
+        while True:
+            connection, _ = refusing.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    threading.Thread(target=refuse, daemon=True).start()
+    proxy = f"http://127.0.0.1:{refusing.getsockname()[1]}"
+    code = f"from varedit.cli import main; main(['edit', {str(photo)!r}, 'blur', '--model', 'nobody/nothing'])"
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"^error: cannot load the model 'nobody/nothing': ", done.stderr, re.MULTILINE), done.stderr
+
+
+def test_a_name_that_is_not_text_is_no_error_after_the_edit(varedit, model_folder, photo, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    photo.rename(odd)
+    ran = varedit("edit", odd, "blur", "--model", model_folder, *PIXELS_ALONE)
+    assert ran.code == 0 and r"caf\udce9.edited.png" in ran.out, ran.err
+
+
 def test_instruction_longer_than_the_model_takes(varedit, model_folder, photo, tmp_path):
     varedit("edit", photo, "word " * 300, "--model", model_folder).assert_refused("tokens")
     assert list(tmp_path.iterdir()) == [photo]
@@ -255,10 +327,16 @@ def test_unknown_command(varedit):
     varedit("paint").assert_refused("paint")
 
 
-@pytest.mark.parametrize("output", ["no/such/folder/a.png", "a.xyz", "a", ".", "photo.png"])
-def test_unwritable_output(output, varedit, model_folder, photo, tmp_path):
+@pytest.mark.parametrize(
+    ("output", "named"),
+    [
+        ("no/such/folder/a.png", "create it first"), ("a.xyz", "'.xyz' is not supported"), ("a", "as in a.png"),
+        (".", "is a folder"), ("photo.png", "exists already"),
+    ],
+)  # fmt: skip
+def test_unwritable_output(output, named, varedit, model_folder, photo, tmp_path):
     before = photo.read_bytes()
-    varedit("edit", photo, "blur", "--model", model_folder, "-o", tmp_path / output).assert_refused()
+    varedit("edit", photo, "blur", "--model", model_folder, "-o", tmp_path / output).assert_refused(named)
     assert list(tmp_path.iterdir()) == [photo] and photo.read_bytes() == before
 
 
@@ -285,6 +363,7 @@ def test_convert_writes_a_folder_that_edit_reads(varedit, released_files, photo,
     ran = varedit("convert", *released_files, "-o", output, "--size=256", "--fit=native", "--position-layout=offset")
     assert ran.code == 0, ran.err
     assert "text encoder" in ran.err  # none was given: said so
+    assert ran.out == f"{output}: written; it takes prompt_embeds\n"
     pipeline = VAREditPipeline.from_pretrained(output)
     assert (pipeline.config.size, pipeline.config.fit) == (256, "native")
     assert pipeline.transformer.config.position_layout == "offset"

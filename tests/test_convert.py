@@ -505,10 +505,13 @@ def test_unwritable_output(files, tmp_path):
         convert(**files, output=tmp_path / "file" / "out")
 
 
-def test_permissions_are_the_usual_ones(files, tmp_path):
-    (tmp_path / "usual").mkdir()
-    output = convert(**files, output=tmp_path / "out")
-    assert output.stat().st_mode == (tmp_path / "usual").stat().st_mode
+def test_permissions_are_the_usual_ones(text_folder, files, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    output = convert(**files, output=tmp_path / "out", text_encoder=text_folder, size=128)
+    for path in (output, *output.rglob("*")):
+        usual = tmp_path / ("folder" if path.is_dir() else "file")
+        assert path.stat().st_mode == usual.stat().st_mode, path
 
 
 # -- presets and flags ---------------------------------------------------------------------------------------------
@@ -720,10 +723,15 @@ def test_a_disk_that_fills_up_is_one_line(text_folder, files, tmp_path):
     assert visible(tmp_path) == {"t.pth", "v.pth"}
 
 
-def test_a_damaged_text_encoder_is_named(text_folder, files, tmp_path):
+@pytest.mark.parametrize("damage", ["cut off", "text in place of a pickle", "an empty pickle"])
+def test_a_damaged_text_encoder_is_named(damage, text_folder, files, tmp_path):
     folder = tmp_path / "t5"
     shutil.copytree(text_folder, folder)
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    if damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_text("not found" if "text" in damage else "")
     with pytest.raises(ConvertError, match=r"text encoder '.*t5': .*; pass a folder or hub name"):
         convert(**files, output=tmp_path / "out", text_encoder=folder)

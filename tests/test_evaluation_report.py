@@ -158,6 +158,15 @@ def test_report_page(procedural_runs, tmp_path, capsys):
     assert re.search(r"^\| all \| 8 \| 1.000 \(1.000 to 1.000\) \|", markdown, re.MULTILINE)
     assert re.search(r"^\| scene: drawn \| 8 \| 1.000", markdown, re.MULTILINE)
     assert not list(tmp_path.glob("*.tmp"))
+    command("evaluate", "report", *runs, "--html", html, "--overwrite", capsys=capsys)
+
+
+def test_a_report_replaces_no_scores(procedural_runs, capsys):
+    scores = procedural_runs / "oracle" / "scores.json"
+    before, html = scores.read_bytes(), scores.with_suffix(".html")
+    ran = command("evaluate", "report", scores.parent, "--html", html, code=2, capsys=capsys)
+    assert "scores.json exists already" in ran.err and scores.read_bytes() == before
+    assert not html.exists()
 
 
 def test_page_shows_words_as_words(tmp_path):
@@ -215,7 +224,7 @@ def test_pictures_that_are_gone_or_damaged(tmp_path):
     assert (tmp_path / "page.html").read_text().count("<div>no picture</div>") == 1
     result_path(tmp_path / "run", "k1").write_bytes(b"junk")
     with pytest.raises(ValueError, match="k1.png is damaged .*run `varedit evaluate run` again"):
-        write_report(runs, tmp_path / "page.html")
+        write_report(runs, tmp_path / "page.html", overwrite=True)
 
 
 def test_a_report_that_cannot_be_written(tmp_path):

@@ -46,6 +46,14 @@ def test_tokens_of_an_object_are_those_it_covers():
     assert owner.eq(0).sum() == 4 and owner.eq(1).sum() == 4
 
 
+def test_tokens_of_what_is_flat_are_fewer():
+    sign = {"kind": "sign", "name": "sign", "x": 0.5, "y": 0.5, "size": 0.6}
+    owner = object_tokens({**SCENE, "objects": [sign]}, (8, 8))
+    assert owner[3:5, 2:6].eq(0).all() and owner.eq(0).sum() == 8
+    stood = object_tokens({**SCENE, "objects": [{**sign, "name": "arrow", "kind": "shape", "angle": 90}]}, (8, 8))
+    assert stood.eq(0).sum() == 16
+
+
 def test_tokens_follow_a_picture_that_is_not_square():
     owner = object_tokens({**SCENE, "width": 256}, (8, 16))
     assert owner[1:3, 3:5].eq(0).all() and owner.eq(0).sum() == 4

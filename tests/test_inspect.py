@@ -1,15 +1,13 @@
 """Attention maps: what is drawn is what the model computed."""
 
 import re
-import subprocess
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from varedit.cli import main
 from varedit.inspection import (
     AttentionMap,
     block_attention,
@@ -131,53 +129,46 @@ def test_blocks():
 
 def test_the_figure_has_a_cell_for_every_block_and_scale(photo):
     inspected = inspect_attention(tiny_pipeline(), photo, "make it red", blocks=(0, 1), seed=1)
-    one = np.asarray(draw_attention(inspected.maps[:1], "title", inspected))
-    both = np.asarray(draw_attention(inspected.maps, "title", inspected))
-    assert both.shape[0] > one.shape[0] and both.shape[1] == one.shape[1]
-    assert np.array_equal(both[: one.shape[0] - 20, -250:], one[:-20, -250:])
-    assert (both < 250).mean() > 0.2
-    assert draw_attention(inspected.maps, "title").size != both.shape[1::-1]
+    two = np.asarray(draw_attention(inspected.maps, "title", inspected))
+    three = np.asarray(draw_attention([*inspected.maps, inspected.maps[0]], "title", inspected))
+    assert three.shape[0] > two.shape[0] and three.shape[1] == two.shape[1]
+    assert np.array_equal(three[: two.shape[0] - 20, -250:], two[:-20, -250:])
+    assert (three < 250).mean() > 0.2
+    assert draw_attention(inspected.maps, "title").size != two.shape[1::-1]
+
+
+@pytest.mark.parametrize(("width", "height", "shown"), [(96, 96, 252), (40, 400, 3 * 252)])  # 1:3 is the tallest box
+def test_the_figure_shows_the_whole_edit(width, height, shown):
+    source = Image.new("RGB", (width, height), (200, 40, 40))
+    inspected = inspect_attention(tiny_pipeline(), source, "make it red", blocks=(0,), seed=1)
+    edit = Image.new("RGB", source.size, (10, 200, 10))
+    sheet = np.asarray(draw_attention(inspected.maps, "title", replace(inspected, result=edit)))
+    assert (sheet[:, 20] == (10, 200, 10)).all(-1).sum() == shown
 
 
 # -- the command
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def varedit(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
-
-
-def test_command(varedit, model, photo, tmp_path):
+def test_command(varedit, model_folder, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
     figure = tmp_path / "figure.png"
-    arguments = ("inspect", "attention", tmp_path / "photo.png", "make it red", "--output", figure, "--model", model)
-    code, out, err = varedit(*arguments, "--seed", 1, "--device", "cpu", "--blocks", "0,1")
-    assert code == 0, err
-    assert len(re.findall(r"^block [01]: distance in the source by scale", out, re.M)) == 2
+    arguments = [
+        "inspect", "attention", tmp_path / "photo.png", "make it red", "--output", figure, "--model", model_folder,
+    ]  # fmt: skip
+    ran = varedit(*arguments, "--seed", 1, "--device", "cpu", "--blocks", "0,1")
+    assert ran.code == 0, ran.err
+    assert len(re.findall(r"^block [01]: distance in the source by scale", ran.out, re.M)) == 2
     with Image.open(figure) as image:
         assert image.width > 1000
-    assert varedit(*arguments)[0] == 2  # the file exists
+    varedit(*arguments).assert_refused("exists already", "--overwrite")
 
 
-def test_average_command(varedit, model, tmp_path):
+def test_average_command(varedit, model_folder, tmp_path):
     figure = tmp_path / "figure.png"
-    code, _, err = varedit(
-        "inspect", "attention", "--average", 2, "--output", figure, "--model", model, "--device", "cpu"
+    ran = varedit(
+        "inspect", "attention", "--average", 2, "--output", figure, "--model", model_folder, "--device", "cpu"
     )
-    assert code == 0, err
+    assert ran.code == 0, ran.err
     assert figure.is_file()
 
 
@@ -196,33 +187,19 @@ def test_average_command(varedit, model, tmp_path):
         (["photo.png", "make it red", "-o", "a.png", "--size", "100"], "size 100"),
         (["photo.png", " ", "-o", "a.png"], "empty"),
         (["photo.png", "make it red", "-o", "a.png", "--model", "nowhere"], "nowhere"),
+        (["--average", "2", "--photos", "gone", "-o", "a.png", "--model", "nowhere"], "gone"),
     ],
 )
 def test_bad_input_is_one_line(varedit, photo, tmp_path, monkeypatch, arguments, mentioned):
     monkeypatch.chdir(tmp_path)
     photo.save(tmp_path / "photo.png")
-    code, _, err = varedit("inspect", "attention", *arguments)
-    assert code == 2
-    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
-    assert len(lines) == 1 and mentioned in lines[0], err
+    varedit("inspect", "attention", *arguments).assert_refused(mentioned)
     assert not (tmp_path / "a.png").exists()
 
 
-def test_a_block_that_does_not_exist_is_refused(varedit, model, photo, tmp_path):
+def test_a_block_that_does_not_exist_is_refused(varedit, model_folder, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
-    code, _, err = varedit(
-        "inspect", "attention", tmp_path / "photo.png", "make it red", "-o", tmp_path / "a.png", "--model", model,
-        "--blocks", "0,9",
-    )  # fmt: skip
-    assert code == 2 and "block 9 does not exist; this model has blocks 0 to 1" in err
-
-
-def test_help_loads_neither_torch_nor_diffusers():
-    code = (
-        "import sys\nfrom varedit.cli import main\n"
-        "try: main(['inspect', 'attention', '--help'])\n"
-        "except SystemExit as ended: assert not ended.code\n"
-        "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    varedit(
+        "inspect", "attention", tmp_path / "photo.png", "make it red", "-o", tmp_path / "a.png",
+        "--model", model_folder, "--blocks", "0,9",
+    ).assert_refused("block 9 does not exist; this model has blocks 0 to 1")  # fmt: skip

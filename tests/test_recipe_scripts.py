@@ -31,6 +31,19 @@ needs_model = pytest.mark.skipif(not (DEFAULT_MODEL / "model_index.json").exists
 # -- the GPU recipe
 
 
+def test_a_resume_repeats_no_pair_and_skips_none(monkeypatch):
+    monkeypatch.setattr(tiny_two_core_cpu, "ASPECTS", {1.0: 1})
+
+    def seen(first: int, batch_size: int, batches: int) -> list[str]:
+        stream = iter(tiny_two_core_cpu.Stream(None, None, batch_size, 3, first, None))
+        return [pair.instruction for _ in range(batches) for pair in next(stream).pairs]
+
+    whole = seen(0, 4, 4)
+    assert len(set(whole)) > 12
+    assert seen(8, 4, 2) == whole[8:]
+    assert seen(8, 2, 4) == whole[8:] and seen(8, 8, 1) == whole[8:]
+
+
 def test_the_round_of_templates_has_their_shares():
     round_of = small_gpu.slots(60)
     assert len(round_of) == 60 and set(round_of) == set(small_gpu.ASPECTS)

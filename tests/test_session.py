@@ -48,7 +48,7 @@ def chain(pipeline, photo, tmp_path_factory):
     """original - 1 - 2, and 3 branching off 1."""
     session = Session.create(tmp_path_factory.mktemp("chain") / "deep" / "session", photo)
     for index, box in enumerate(BOXES):
-        session.edit(pipeline, f"paint it {index}", seed=index, settings=SENSITIVE, mask=box_mask(box, SIZE))
+        session.edit(pipeline, f"paint it {index}", seed=np.int64(index), settings=SENSITIVE, mask=box_mask(box, SIZE))
         if index == 1:
             assert session.undo() == 1
     return session

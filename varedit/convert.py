@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -430,7 +431,10 @@ def _save_text_encoder(source: str | os.PathLike, text_features: int, folder: Pa
         )
     except ConvertError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError,
+        UnpicklingError, EOFError,  # of a damaged pytorch_model.bin, or one with code in it
+    ) as error:  # fmt: skip
         raise ConvertError(f"text encoder {source!r}: {first_line(error)}; pass a folder or hub name") from error
     wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if wrong:

@@ -122,15 +122,17 @@ def check_output(path: str | os.PathLike, *, format: str | None = None, overwrit
         ImageError: unsupported format, existing file without `overwrite`, not a file, missing or unwritable folder.
     """
     path, label = Path(path), f"output {os.fspath(path)!r}"
-    _format_name(path.suffix if format is None else format)
     try:
         exists, is_file, has_folder = path.exists(), path.is_file(), path.resolve().parent.is_dir()
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise ImageError(f"{label} cannot be written ({reason(error)}); choose another path") from error
     if exists and not is_file:
         raise ImageError(f"{label} is a folder or device; name a file")
+    if format is None and not path.suffix:
+        raise ImageError(f"{label} has no suffix to tell its format; name it as in {path.name}.png")
+    _format_name(path.suffix if format is None else format)
     if exists and not overwrite:
-        raise ImageError(f"{label} exists already; choose another name or allow overwriting")
+        raise ImageError(f"{label} exists already; allow overwriting (--overwrite), or name another")
     if not has_folder:
         raise ImageError(f"{label} is in a folder that does not exist; create it first")
     if not os.access(path.resolve().parent, os.W_OK | os.X_OK):

@@ -13,7 +13,7 @@ from textwrap import shorten
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from varedit.image_processor import Fit, ImageInput, prepare, to_pil
@@ -278,7 +278,9 @@ def draw_attention(
     left = _MARGIN if inspection is None else 2 * _MARGIN + _CELL
     head = 5 * _LINE
     width = left + len(maps[0]) * (_CELL + _MARGIN)
-    sheet = Image.new("RGB", (width, head + len(maps) * row_height + _MARGIN), "white")
+    pictures_height = 2 * (overlay_height + 2 * _LINE)  # none without an inspection, and then no row is as low
+    height = head + max(len(maps) * row_height, pictures_height) + _MARGIN
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     _write(draw, (_MARGIN, 8), shorten(title, width // 9, placeholder=" ..."), size=17)
     lines = (
@@ -289,7 +291,7 @@ def draw_attention(
     for number, line in enumerate(lines):
         _write(draw, (_MARGIN, 8 + (number + 1) * _LINE + 8), line, _PALE)
     if inspection is not None:
-        _pictures(sheet, draw, inspection, head)
+        _pictures(sheet, draw, inspection, head, overlay_height)
     for row, of_block in enumerate(maps):
         top = head + row * row_height
         for column, one in enumerate(of_block):
@@ -298,12 +300,12 @@ def draw_attention(
     return sheet
 
 
-def _pictures(sheet: Image.Image, draw: ImageDraw.ImageDraw, inspection: Inspection, top: int) -> None:
+def _pictures(sheet: Image.Image, draw: ImageDraw.ImageDraw, inspection: Inspection, top: int, height: int) -> None:
     for name, picture in (("source", inspection.source), (f"edit, seed {inspection.seed}", inspection.result)):
-        shown = picture.resize((_CELL, round(_CELL * picture.height / picture.width)), Image.Resampling.LANCZOS)
+        shown = ImageOps.contain(picture, (_CELL, height), Image.Resampling.LANCZOS)
         _write(draw, (_MARGIN, top), name)
         sheet.paste(shown, (_MARGIN, top + _LINE))
-        top += shown.height + 2 * _LINE
+        top += height + 2 * _LINE
 
 
 def _cell(

@@ -22,13 +22,13 @@ def check_folder(output: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def written_whole(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place at the end, or vanishes on any error.
+    """As `in_its_place`, of a folder that the user named.
 
     Raises:
         ValueError: it cannot be written.
     """
     try:
-        with _in_its_place(output) as folder:
+        with in_its_place(output) as folder:
             yield folder
     except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -36,13 +36,17 @@ def written_whole(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _in_its_place(output: Path) -> Iterator[Path]:
+def in_its_place(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place at the end, or vanishes on any error."""
     output.parent.mkdir(parents=True, exist_ok=True)
     parent = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         folder = parent / "new"
         folder.mkdir()  # unlike mkdtemp's, with the usual permissions
         yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():  # safetensors writes files that their owner alone can read
+                path.chmod(folder.stat().st_mode & 0o666)
         old = output.rename(parent / "old") if output.exists() else None
         try:
             folder.rename(output)

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -253,7 +254,7 @@ class VAREditPipeline(DiffusionPipeline):
         seeds = [secrets.randbelow(2**31) if s is None else s for s in _repeat(wanted, count, "seed")]
         texts, images = _repeat(texts, count, "prompt"), _repeat(images, count, "image")
         prepared = [
-            prepare(item, self._check_size(self._default("size", size)), self._default("fit", fit)) for item in images
+            prepare(item, self.check_size(self._default("size", size)), self._default("fit", fit)) for item in images
         ]
         features = self._encode_texts(texts)
 
@@ -358,10 +359,9 @@ class VAREditPipeline(DiffusionPipeline):
         """Encoder states (T, F) of each instruction, on the encoder's device."""
         max_tokens = self.transformer.config.max_text_tokens
         prompts = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
-        if prompts and self.text_encoder is None:
-            raise ValueError("this model has no text encoder; pass prompt_embeds, or convert with --text-encoder")
         encoded = {}
         if prompts:
+            self.check_text_encoder()
             device = self._execution_device
             states = encode_prompts(prompts, self.tokenizer, self.text_encoder, max_tokens, device=device)
             encoded = dict(zip(prompts, states))
@@ -370,7 +370,13 @@ class VAREditPipeline(DiffusionPipeline):
     def _default(self, name: str, value):
         return self.config[name] if value is None else value
 
-    def _check_size(self, size: int) -> int:
+    def check_text_encoder(self) -> None:
+        """Raise ValueError if instructions cannot be read."""
+        if self.text_encoder is None:
+            raise ValueError("this model has no text encoder; pass prompt_embeds, or convert with --text-encoder")
+
+    def check_size(self, size: int) -> int:
+        """`size`, if it is a size class of this model; else ValueError."""
         usable = [s for s, num_scales in NUM_SCALES.items() if num_scales <= self.transformer.config.num_levels]
         if size not in usable:
             raise ValueError(f"size {size} is not one that this model can use; choose {', '.join(map(str, usable))}")
@@ -452,8 +458,8 @@ def load_pipeline(
         pipeline = VAREditPipeline.from_pretrained(source, dtype=dtype)
     except HFValidationError as error:  # neither a folder nor a hub name
         raise ValueError(f"cannot load the model {str(source)!r}: there is no such folder") from error
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0].split(" (")[0]
+    except (OSError, httpx.HTTPError) as error:  # the latter from a proxy that refuses
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" (")[0]
         raise ValueError(f"cannot load the model {str(source)!r}: {reason}") from error
     return pipeline.to(target)
 

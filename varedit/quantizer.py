@@ -54,7 +54,12 @@ def bits_to_codes(bits_BChw: Tensor) -> Tensor:
 def resize_area(features_BChw: Tensor, grid: Grid) -> Tensor:
     """Area pooling to a coarser grid; the identity at the same grid. Returns float32."""
     features_BChw = features_BChw.float()
-    return features_BChw if features_BChw.shape[-2:] == grid else F.adaptive_avg_pool2d(features_BChw, grid)
+    if features_BChw.shape[-2:] == grid:
+        return features_BChw
+    device = features_BChw.device
+    if device.type == "mps":  # pools to grids that divide evenly only; 8 -> 6 is none
+        return F.adaptive_avg_pool2d(features_BChw.cpu(), grid).to(device)
+    return F.adaptive_avg_pool2d(features_BChw, grid)
 
 
 def _resize_bilinear(features_BChw: Tensor, grid: Grid) -> Tensor:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 our fault, 2 bad input (one line on stderr: the value and 
 
 import logging
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -56,12 +57,22 @@ def main(arguments: list[str] | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logging.getLogger("varedit").handlers = [handler]
+    # Every reader of pictures has its own limit and says so; Pillow would warn of half of it with a line of source.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name need not be text: the edit is done when it is printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(args=arguments, prog_name="varedit", standalone_mode=False)
     except _UsageError as error:
-        code = _fail(f"{error.format_message().rstrip('.')}; see varedit --help")  # type: ignore[attr-defined]
+        reason = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        code = _fail(f"{reason}; see varedit --help") if reason else 2  # none where the help was all that was wanted
     except ValueError as error:  # the public edge of the package: the value and the fix, in one line
         code = _fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every command loads
+            raise
+        reason = str(error).split(". ")[0]
+        code = _fail(f"{reason}: take a smaller size, model or batch, --dtype bfloat16, or --device cpu")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:

@@ -48,4 +48,5 @@ def convert(
         dtype=getattr(torch, dtype) if dtype else None,
         overwrite=overwrite,
     )
-    typer.echo(f"{output}: written; varedit edit IMAGE INSTRUCTION --model {output} uses it")
+    use = f"varedit edit IMAGE INSTRUCTION --model {output} uses it" if text_encoder else "it takes prompt_embeds"
+    typer.echo(f"{output}: written; {use}")

@@ -39,11 +39,13 @@ def writing(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_file(path: Path) -> None:
-    """Refuse before the work is done, not after, what cannot be written as a file."""
+def _check_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse before the work is done, not after, what cannot be written as a file, or must not be replaced."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{path} cannot be written: name a new file in a folder that can be written to")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; pass --overwrite, or another name")
 
 
 @app.command()
@@ -56,6 +58,7 @@ def lint(
     language: Annotated[
         str, typer.Option(help="Of the instructions: en, de, fr, es, it, pt or nl; any turns the check off.")
     ] = "en",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> None:
     """Find bad pairs: unreadable, misaligned, unchanged, duplicate, or with instructions that cannot be right."""
     from varedit.data.lint import LintOptions, lint
@@ -67,7 +70,7 @@ def lint(
         raise ValueError(f"language {language!r} is unknown: use one of {', '.join(LANGUAGES)}, or any")
     for path in (report, html):
         if path is not None:
-            _check_file(path)
+            _check_file(path, overwrite=overwrite)
     options = LintOptions(min_side=min_side, language=None if language == "any" else language)
     with writing(report):
         found = lint(read(source, format), options)
@@ -201,7 +204,7 @@ def filter(
     from varedit.data.readers import read
 
     client = JudgeClient(judge_url, judge_model)
-    _check_file(output)
+    _check_file(output, overwrite=True)  # verdicts that are there are taken up again
     with writing(output):
         expected = estimate(read(source, format), output, price_in=price_in, price_out=price_out)
     typer.echo(f"estimate: {expected}", err=True)

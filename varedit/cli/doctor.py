@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "packages": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
         "text_encoders": _text_encoders(),
-        "models": _models(max(device["memory_gib"] for device in devices)),
+        "models": _models({device["device"]: device["memory_gib"] for device in devices}),
     }
 
 
@@ -56,10 +56,13 @@ def memory_gib() -> dict[str, float]:
 
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-        available = min(available, total - int(used.read_text()))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        freed = int(counts["inactive_file"])  # files read once, which the kernel drops when memory is wanted
+        available = min(available, total - int(used.read_text()) + freed)
     return {"total": round(total / GIB, 1), "available": round(available / GIB, 1)}
 
 
@@ -108,8 +111,11 @@ def matmul_gflops(device: str, dtype: str, side: int = 1024) -> float | None:
     return round(2 * side**3 / best / 1e9, 1)
 
 
-def _models(memory: float) -> list[dict[str, Any]]:
-    """The known models: weights with the text encoder in bfloat16, and a fifth more for an edit, against memory."""
+def _models(memory: dict[str, float]) -> list[dict[str, Any]]:
+    """The known models: weights with the text encoder in bfloat16, and the devices on which an edit fits.
+
+    An edit takes a fifth more than the weights, and those are float32 on a CPU unless told otherwise.
+    """
     from varedit.pipeline import DEFAULT_MODEL
     from varedit.presets import PRESETS
 
@@ -117,19 +123,35 @@ def _models(memory: float) -> list[dict[str, Any]]:
     if (DEFAULT_MODEL / "model_index.json").exists():
         sizes = {"default": sum(path.stat().st_size for path in DEFAULT_MODEL.rglob("*.safetensors")) / GIB} | sizes
     return [
-        {"model": name, "weights_gib": round(weights, 2), "fits": weights * 1.2 < memory}
+        {
+            "model": name,
+            "weights_gib": round(weights, 2),
+            "fits": [device for device, free in memory.items() if 1.2 * weights * (1 + (device == "cpu")) < free],
+            "fits_in_bfloat16": [device for device, free in memory.items() if 1.2 * weights < free],
+        }
         for name, weights in sizes.items()
     ]
 
 
 def _text_encoders() -> dict[str, bool]:
-    """The text encoders of the known models: whether each is already on this disk."""
+    """The text encoders of the known models: whether the weights of each are already on this disk."""
     from huggingface_hub import try_to_load_from_cache
 
     from varedit.presets import PRESETS
 
-    names = sorted({preset.text_encoder for preset in PRESETS.values()})
-    return {name: isinstance(try_to_load_from_cache(name, "config.json"), str) for name in names}
+    def cached(name: str, file: str) -> Path | None:
+        found = try_to_load_from_cache(name, file)
+        return Path(found) if isinstance(found, str) else None
+
+    def complete(name: str) -> bool:
+        if cached(name, "model.safetensors") or cached(name, "pytorch_model.bin"):
+            return True
+        index = cached(name, "model.safetensors.index.json")
+        return index is not None and all(
+            cached(name, shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        )
+
+    return {name: complete(name) for name in sorted({preset.text_encoder for preset in PRESETS.values()})}
 
 
 def _show(findings: dict[str, Any]) -> None:
@@ -149,6 +171,10 @@ def _show(findings: dict[str, Any]) -> None:
         typer.echo(f"  {name:16} {version or missing}")
     for name, present in findings["text_encoders"].items():
         typer.echo(f"  {name:16} {'on this disk' if present else 'not downloaded yet (only for released models)'}")
-    typer.echo("\nmodels (weights with text encoder, bfloat16)")
+    typer.echo("\nmodels (weights with text encoder in bfloat16; twice that on a CPU, without --dtype bfloat16)")
     for model in findings["models"]:
-        typer.echo(f"  {model['model']:16} {model['weights_gib']:5} GiB  {'fits' if model['fits'] else 'does not fit'}")
+        fits = ", ".join(model["fits"])
+        verdict = f"fits on {fits}" if fits else "does not fit"
+        if not fits and model["fits_in_bfloat16"]:
+            verdict = "fits with --dtype bfloat16"
+        typer.echo(f"  {model['model']:16} {model['weights_gib']:5} GiB  {verdict}")

@@ -112,8 +112,6 @@ def check_outputs(target: Path, change_map: Path | None, *, overwrite: bool, man
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise ValueError(f"the edit and its change map would both be written to {str(target)!r}; name two files")
     for path in paths:
-        if os.path.exists(path) and not overwrite:  # unlike Path.exists it bears names that are too long
-            raise ValueError(f"output {str(path)!r} exists already; pass --overwrite, or another name")
         check_output(path, overwrite=overwrite)
     from varedit.editing.manifest import EMBEDDING_SUFFIXES, check_side_file
 

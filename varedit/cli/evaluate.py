@@ -213,12 +213,13 @@ def report(
     allow_different: Annotated[
         bool, typer.Option("--allow-different", help="Compare runs of different protocols all the same.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> None:
     """One page about one run, or several side by side with paired tests."""
     from varedit.evaluation.report import load_runs, write_report
 
     runs = load_runs(folders, allow_different=allow_different)
-    for path in write_report(runs, html):
+    for path in write_report(runs, html, overwrite=overwrite):
         typer.echo(str(path))
 
 

@@ -58,6 +58,7 @@ def attention(  # noqa: PLR0913 - one argument an option
     varedit inspect attention photo.jpg "make it black and white" --output attention.png
     """
     from varedit.cli.edit import load_model
+    from varedit.data.synthetic import World
     from varedit.image_processor import load_image
     from varedit.image_writer import check_output, save_image
     from varedit.inspection import check_blocks, default_blocks, draw_attention, format_distance, inspect_attention
@@ -79,6 +80,8 @@ def attention(  # noqa: PLR0913 - one argument an option
     if image is not None and instruction is not None:
         source = load_image(image)
         check_prompt(instruction)
+    if average is not None:
+        World(objects, photos, split="test")
 
     pipeline = load_model(model, device, dtype)
     pipeline.set_progress_bar_config(disable=True)

@@ -95,7 +95,8 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
             if (folder / job.output).resolve() in inputs:
                 raise ValueError(f"output {str(folder / job.output)!r} is an input of the batch; use another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        if results.exists() and not resume and not options.overwrite:
+        # An empty one is of a batch that was refused before its first picture.
+        if results.exists() and results.stat().st_size and not resume and not options.overwrite:
             raise ValueError(f"{str(results)!r} exists already; pass --resume to go on, --overwrite to start anew")
         records = read_results(folder) if resume else []
         made = {(record["output"], record.get("sha256")) for record in records if record["status"] == "ok"}
@@ -362,7 +363,9 @@ class Worker:
         self.options = options
         self.pipeline: VAREditPipeline = load_pipeline(options.model, device, dtype)
         self.model: ModelIdentity = identify(self.pipeline)
+        # What would fail picture by picture ends the batch before it begins.
         self.settings = options.settings.resolved(self.pipeline)
+        self.pipeline.check_text_encoder()
 
     def __call__(self, chunk: list[Job]) -> list[Record]:
         """The records of a chunk. What fails, fails by itself, whatever the reason: else a batch would never get by."""

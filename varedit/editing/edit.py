@@ -85,9 +85,15 @@ class Settings:
             )
 
     def resolved(self, pipeline: VAREditPipeline) -> "Settings":
-        """The same settings with the model's own defaults filled in."""
+        """The same settings with the model's own defaults filled in.
+
+        Raises:
+            ValueError: the model has no such size class.
+        """
         missing = {name: pipeline.config[name] for name in _MODEL_DEFAULTS if getattr(self, name) is None}
-        return replace(self, **missing)
+        resolved = replace(self, **missing)
+        pipeline.check_size(resolved.size)
+        return resolved
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the way back."""
@@ -255,7 +261,7 @@ def _task(request: EditRequest, settings: Settings) -> _Task:
     if mask is not None and not selects(mask):
         raise ValueError("the mask is empty; make the area to edit white")
     mask = None if mask is None else grow(mask, settings.mask_margin)
-    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+    seed = secrets.randbelow(2**31) if request.seed is None else int(request.seed)
     task = _Task(request, source, seed, mask, mask)
     # The first of two passes finds out where the edit goes, so it sees everything.
     return task if settings.lock == "two-pass" else _cropped(task, settings)

@@ -297,7 +297,7 @@ def check_side_file(path: Path, *, overwrite: bool = False) -> None:
     if os.path.isdir(side):
         raise ImageError(f"output {str(side)!r} is a folder; choose another name for the picture")
     if os.path.exists(side) and not overwrite:  # unlike Path.exists it bears names that are too long
-        raise ImageError(f"output {str(side)!r} exists already; choose another name or allow overwriting")
+        raise ImageError(f"output {str(side)!r} exists already; allow overwriting (--overwrite), or name another")
 
 
 def embed(data: bytes, manifest: Manifest) -> bytes | None:

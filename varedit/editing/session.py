@@ -210,7 +210,8 @@ class Session:
 
         Raises:
             ValueError: the edit was not made from the head's picture.
-            SessionError: the folder cannot be written, for instance because the disk is full. Nothing has changed then.
+            SessionError: the folder cannot be written, for instance because the disk is full. Nothing has changed
+                then, or the step is there and the head has not moved to it.
         """
         from varedit.editing.manifest import pixels_sha256
 

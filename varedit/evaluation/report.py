@@ -127,22 +127,27 @@ def comparisons(runs: Sequence[Run]) -> list[tuple[Run, Run, list[Paired]]]:
     return found
 
 
-def write_report(runs: Sequence[Run], html: Path, max_strips: int = 400) -> list[Path]:
+def write_report(runs: Sequence[Run], html: Path, max_strips: int = 400, *, overwrite: bool = False) -> list[Path]:
     """Write the page, and the same numbers as Markdown and JSON beside it; the paths.
 
     Args:
         max_strips: cases shown with pictures.
+        overwrite: replace existing files.
 
     Raises:
-        ValueError: a path that cannot be written or that the other two files would overwrite, or a damaged picture.
+        ValueError: a path that exists, that cannot be written or that the other two files would overwrite, or a damaged
+            picture.
     """
     from varedit.evaluation.page import page
 
     if html.suffix in (".md", ".json"):
         raise ValueError(f"page {html} would be overwritten by its own {html.suffix} file: name it {html.stem}.html")
+    markdown_path, json_path = html.with_suffix(".md"), html.with_suffix(".json")
+    for path in (html, markdown_path, json_path):
+        if path.is_file() and not overwrite:
+            raise ValueError(f"{path} exists already; pass --overwrite, or another --html")
     pairs = comparisons(runs)
     write_text(html, page(runs, pairs, max_strips))
-    markdown_path, json_path = html.with_suffix(".md"), html.with_suffix(".json")
     write_text(markdown_path, markdown(runs, pairs))
     write_json(
         json_path,

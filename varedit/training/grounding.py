@@ -20,10 +20,12 @@ from varedit.transformer import VAREditTransformer
 NOTHING = -1
 TEMPERATURE = 0.07
 _COVER = 0.45  # half an object's size, less its rim: tokens beyond it show mostly background
+_HEIGHTS = {"sign": 0.42, "rectangle": 0.56, "oval": 0.6, "arrow": 0.84}
+"""Height over width of what is not about square; of a cut-out it is not known here."""
 
 
 def object_tokens(scene: dict[str, Any], grid: tuple[int, int]) -> Tensor:
-    """Index of the object that each token of a grid lies on, long (h, w); `NOTHING` where there is none.
+    """Index of the object that each token of a grid lies on, about, long (h, w); `NOTHING` where there is none.
 
     Args:
         scene: scene graph of a procedural pair (`Pair.scene`).
@@ -35,8 +37,11 @@ def object_tokens(scene: dict[str, Any], grid: tuple[int, int]) -> Tensor:
     owner = torch.full(grid, NOTHING)
     for index, item in enumerate(scene["objects"]):
         reach = _COVER * item["size"] * short
-        near_y = (y - item["y"]).abs() * scene["height"] <= reach
-        near_x = (x - item["x"]).abs() * scene["width"] <= reach
+        high, wide = reach * (1.0 if item["kind"] == "sprite" else _HEIGHTS.get(item["name"], 1.0)), reach
+        if item.get("angle", 0) % 180 == 90:
+            high, wide = wide, high
+        near_y = (y - item["y"]).abs() * scene["height"] <= high
+        near_x = (x - item["x"]).abs() * scene["width"] <= wide
         owner[near_y & near_x] = index
     return owner
 

@@ -41,14 +41,6 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
-    def all_agree(self, fine: bool) -> bool:
-        """Whether every process says that all is fine."""
-        if self.count == 1:
-            return fine
-        flag = torch.tensor(int(fine), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        return bool(flag.item())
-
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.count > 1:

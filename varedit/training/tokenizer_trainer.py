@@ -1,8 +1,6 @@
 """Training of the image tokenizer: reconstruction through the quantizer, at all scales and at few."""
 
-import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from varedit import quantizer
 from varedit.data.features import load_image_tokenizer
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.model_folder import in_its_place
 from varedit.scales import ScaleSchedule
 from varedit.training.config import TokenizerConfig
 from varedit.training.data import HeldOut, MicroBatch, Plan, stream_seed
@@ -175,11 +174,8 @@ class TokenizerTraining:
         """Write `image_tokenizer/`: for `image_tokenizer` in an editor's config."""
         if not self.processes.first:
             return
-        partial, final = folder / ".result.partial", folder / "image_tokenizer"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.image_tokenizer.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
+        with in_its_place(folder / "image_tokenizer") as partial:
+            self.image_tokenizer.save_pretrained(partial)
 
 
 class Pyramid:

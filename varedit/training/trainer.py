@@ -3,9 +3,7 @@ condition dropout (paper section 3; Infinity section 3.4), on a frozen image tok
 """
 
 import logging
-import os
 import random
-import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from varedit.data.features import load_image_tokenizer, load_text_encoder
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.lora import add_lora, quantize_blocks, save_lora
+from varedit.model_folder import in_its_place
 from varedit.pipeline import VAREditPipeline
 from varedit.quantizer import TeacherForcing, patchify, resize_area, teacher_forcing
 from varedit.scales import NUM_SCALES, ScaleSchedule
@@ -211,14 +210,11 @@ class EditorTraining:
         if not self.processes.first:
             return
         lora = self.config.lora is not None
-        final, partial = folder / ("lora" if lora else "model"), folder / ".result.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        if lora:
-            save_lora(transformer, partial)
-        else:
-            self._pipeline(transformer).save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
+        with in_its_place(folder / ("lora" if lora else "model")) as partial:
+            if lora:
+                save_lora(transformer, partial)
+            else:
+                self._pipeline(transformer).save_pretrained(partial)
 
     def _pipeline(self, transformer: VAREditTransformer) -> VAREditPipeline:
         data = self.config.data

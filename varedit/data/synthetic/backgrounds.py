@@ -14,6 +14,10 @@ from varedit.data.synthetic.vocabulary import COLOURS
 
 LANDSCAPES = ("beach", "meadow", "night sky", "snowy landscape", "desert", "sea", "mountains", "sunset", "forest")
 PATTERNS = ("vertical stripes", "horizontal stripes", "checks", "dots")
+COUNTS = (4, 5, 6, 8)
+"""Periods of a pattern over the short side."""
+TYPICAL_COUNT = 5
+"""Of a background that the training split puts in: no instruction says how many."""
 MAX_BYTES = 768 * 2**20  # decoded photographs kept by one process
 # Pictures of these folders are monotonous (shelves, shirts on a bed): drawn less often.
 MONOTONOUS = {"grocery": 0.2, "clothing": 0.15}
@@ -31,7 +35,7 @@ def procedural(rng: random.Random, *, nameable: bool = False) -> dict[str, Any]:
         return {"kind": "gradient", "colours": [first, second], "angle": rng.randrange(0, 360, 30)}
     if kind == "pattern":
         name = rng.choice(PATTERNS)
-        return {"kind": "pattern", "name": name, "colours": [first, second], "count": rng.choice((4, 5, 6, 8))}
+        return {"kind": "pattern", "name": name, "colours": [first, second], "count": rng.choice(COUNTS)}
     return {"kind": "landscape", "name": rng.choice(LANDSCAPES), "seed": rng.randrange(1 << 30)}
 
 

@@ -186,6 +186,8 @@ def replace_object(stage: Stage, scene: Scene) -> Edit | None:
 def background(stage: Stage, scene: Scene) -> Edit | None:
     """Put another nameable background behind the objects."""
     spec = backgrounds.procedural(stage.rng, nameable=True)
+    if spec["kind"] == "pattern" and not stage.test:
+        spec["count"] = backgrounds.TYPICAL_COUNT
     if backgrounds.describe(spec) == backgrounds.describe(scene.background):
         return None
     pixels = stage.renderer.background(spec)
@@ -240,6 +242,9 @@ def move(stage: Stage, scene: Scene) -> Edit | None:
         spot = stage.rng.choice(list(SPOTS))
         new = at_spot(stage.renderer, old, spot)
         words = stage.rng.choice(SPOT_WORDS[spot])
+        if not stage.test and " " not in spot and spot != "center":  # a side says nothing of the other direction
+            words = SPOT_WORDS[spot][0]
+            new = replace(new, y=old.y) if spot in ("left", "right") else replace(new, x=old.x)
         toward = {
             "left": "to the left side",
             "right": "to the right side",

@@ -74,6 +74,8 @@ def clause(
     if more:
         templates += more_phrases()[key]
     usable = [t for t in templates if all(name in filled for name in re.findall(r"{(\w+)}", t))]
+    if slots.get("ref") != f"the {slots.get('bare')}":  # else "a smaller banana" could be either of two
+        usable = [t for t in usable if "{bare}" not in t or "{ref}" in t]
     if said := SAID.get(key):
         usable = [t for t in usable if (f"{{{said}}}" in t) == (said in filled)] or usable
     if joined:

@@ -76,6 +76,10 @@ class SpriteSource:
             for held_out in (True, False)
         }
 
+    def usable(self, test: bool) -> bool:
+        """Whether a split may draw any: the held-out names are for the test split only."""
+        return any(names for (_, held_out), names in self.pools.items() if test or not held_out)
+
     def _index_folder(self, folder: Path) -> None:
         try:
             entries: dict[str, dict[str, Any]] = json.loads((folder / "names.json").read_text(encoding="utf-8"))

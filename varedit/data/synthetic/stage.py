@@ -89,13 +89,15 @@ class Stage:
         sprites = self.renderer.sprites
         want_held_out = self.test and self.rng.random() < 0.15
         everyday = not (sprites.tail and self.rng.random() < (0.5 if want_held_out else 0.22))
-        return self.rng.choice(sprites.pools[everyday, want_held_out] or sprites.pools[True, False])
+        wanted = (everyday, want_held_out)
+        pools = (sprites.pools[pool] for pool in (wanted, (True, False), (False, False), *sprites.pools))
+        return self.rng.choice(next(pool for pool in pools if pool))
 
     def item(self, sprite_share: float) -> Item:
         """A new object without a place."""
         rng = self.rng
         size = round(rng.uniform(0.24, 0.46), 3)
-        if self.renderer.sprites.core and rng.random() < sprite_share:
+        if self.renderer.sprites.usable(self.test) and rng.random() < sprite_share:
             name = self.name()
             cutout = rng.choice(self.renderer.sprites.by_name[name])
             return Item("sprite", name, size=max(0.28, size), file=cutout.key, flip=rng.random() < 0.3)

@@ -98,7 +98,11 @@ class World:
         if unknown := set(self.weights) - set(WEIGHTS):
             raise ValueError(f"edit type {min(unknown)!r} is unknown: use some of {', '.join(WEIGHTS)}")
         folders = [Path(folder) if folder else None for folder in (objects, photos)]
-        self._renderer = Renderer(*folders, split, self.height, self.width)
+        self.renderer = Renderer(*folders, split, self.height, self.width)
+        if objects and not self.renderer.sprites.usable(split == "test"):
+            raise ValueError(
+                f"objects folder {objects}: all its names are held out for the test split or left out; give others"
+            )
 
     def pair(self, seed: int, index: int) -> Pair:
         """Make one pair.
@@ -126,22 +130,22 @@ class World:
         found = set()
         for graph in (pair.scene, pair.target_scene):
             back = graph["background"]
-            if back["kind"] == "photo" and self._renderer.photos is not None:
-                found.add(self._renderer.photos.licences[back["file"]])
-            found |= {self._renderer.cutouts[item["file"]].licence for item in graph["objects"] if "file" in item}
+            if back["kind"] == "photo" and self.renderer.photos is not None:
+                found.add(self.renderer.photos.licences[back["file"]])
+            found |= {self.renderer.cutouts[item["file"]].licence for item in graph["objects"] if "file" in item}
         return tuple(sorted(found))
 
     def _attempt(self, rng: random.Random, kind: str, new_words: bool) -> Pair | None:
         scene, background = self._scene(rng, kind)
         if scene is None:
             return None
-        stage = Stage(rng, self._renderer, self.split == "test", background)
+        stage = Stage(rng, self.renderer, self.split == "test", background)
         edits = self._edits(stage, scene, kind)
         if not edits:
             return None
         after = edits[-1].target
-        source = self._renderer.render(scene, background)
-        target = self._renderer.render(after, background if after.background is scene.background else None)
+        source = self.renderer.render(scene, background)
+        target = self.renderer.render(after, background if after.background is scene.background else None)
         mask = self._mask(edits, scene)
         change = largest_channel(np.maximum(source, target) - np.minimum(source, target))
         least = MIN_GLOBAL_CHANGE if mask.all() else LEAST.get(kind, MIN_CHANGE)
@@ -192,26 +196,26 @@ class World:
         mask = np.zeros((self.height, self.width), bool)
         for edit in edits:
             if edit.touched is None:  # the background: all that no object covers fully
-                mask |= ~self._renderer.footprint(scene.items, opaque=True)
+                mask |= ~self.renderer.footprint(scene.items, opaque=True)
             else:
-                mask |= self._renderer.footprint(edit.touched)
+                mask |= self.renderer.footprint(edit.touched)
         return mask
 
     # ---- scenes ------------------------------------------------------------------------------------------------
     def _scene(self, rng: random.Random, kind: str) -> tuple[Scene | None, np.ndarray]:
-        photos = self._renderer.photos
+        photos = self.renderer.photos
         alone = kind in GLOBAL and rng.random() < PHOTO_ONLY_SHARE
         if photos and (alone or rng.random() < PHOTO_SHARE):
             spec = photos.draw(rng)
         else:
             spec, alone = backgrounds.procedural(rng), False
-        background = self._renderer.background(spec)
+        background = self.renderer.background(spec)
         if alone:
             return Scene(spec), background
         return self._populate(rng, kind, spec, background), background
 
     def _populate(self, rng: random.Random, kind: str, spec: dict[str, Any], background: np.ndarray) -> Scene | None:
-        stage = Stage(rng, self._renderer, self.split == "test", background)
+        stage = Stage(rng, self.renderer, self.split == "test", background)
         count = rng.choices((1, 2, 3, 4), (30, 36, 24, 10))[0]
         if kind == "add":
             count = rng.choices((0, 1, 2, 3), (12, 40, 32, 16))[0]
