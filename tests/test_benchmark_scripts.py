@@ -15,7 +15,6 @@ from varedit.data.synthetic import World, grammar
 from varedit.data.synthetic.more_phrases import more_phrases
 from varedit.data.synthetic.phrases import PHOTO, PHOTO_KIND, PHRASES, PIC
 from varedit.evaluation.benchmarks import load
-from varedit.evaluation.checker import check
 from varedit.evaluation.held_out import HeldOut, objects_of
 from varedit.image_processor import to_pil
 from varedit.quantizer import decode_bits, encode_bits
@@ -79,9 +78,79 @@ def test_the_verdict_is_the_best_one_of_all_answers(held_out):
         for share in (0.3, 0.55, 1):
             blend = pair.source + share * (answer.target.astype(float) - pair.source) + noise
             result = blend.clip(0, 255).astype(np.uint8)
-            every = [check(pair.source, one.target, result, one.mask, one.regions) for one in answers]
+            every = [one.check(pair.source, result) for one in answers]
             best = max(every, key=lambda v: (v.success, v.half, v.closer, v.completeness))
             assert held_out.check(pair, result) == best and best.closer == (share > 0.5)
+
+
+def found(held_out, wanted, seed_indices=400):
+    """The first judgeable pair of which `wanted` is true."""
+    return next(pair for pair in map(held_out.pair, islice(held_out.judgeable(), seed_indices)) if wanted(pair))
+
+
+def test_an_object_moved_to_a_side_may_keep_its_place_along_it(held_out):
+    def wanted(pair):
+        spot = pair.target_scene["edit"][0].get("spot")
+        return (
+            pair.edit_type == "move" and spot in ("left", "right", "top", "bottom") and len(held_out.answers(pair)) > 1
+        )
+
+    pair = found(held_out, wanted)
+    operation = pair.target_scene["edit"][0]
+    before, after = (graph["objects"][operation["object"]] for graph in (pair.scene, pair.target_scene))
+    own, straight = held_out.answers(pair)
+    assert before["x"] != after["x"] and before["y"] != after["y"]
+    assert held_out.check(pair, straight.target).success and not straight.check(pair.source, own.target).success
+
+
+def test_a_pattern_may_have_any_number_of_periods_and_begin_with_either_colour(held_out):
+    pair = found(held_out, lambda pair: pair.edit_type == "background" and "count" in pair.target_scene["background"])
+    answers = held_out.answers(pair)
+    assert len(answers) == 8 and len({one.target.tobytes() for one in answers}) == 8
+    assert all(held_out.check(pair, one.target).success for one in answers)
+
+
+def test_what_stands_on_a_new_background_has_to_stay(held_out):
+    wiped = 0
+    for pair in map(held_out.pair, islice(held_out.judgeable(), 200)):
+        if pair.edit_type != "background":
+            continue
+        (own, *_) = held_out.answers(pair)
+        assert len(own.kept) == len(pair.scene["objects"]) and own.check(pair.source, pair.target).success
+        for place in own.kept:
+            result = np.where(place[..., None], own.bare, pair.target)
+            assert not held_out.check(pair, result).success
+            wiped += own.check(pair.source, result).stray == 0  # thin things, which nothing else would miss
+    assert wiped
+
+
+def test_text_that_is_taken_away_may_leave_its_sign(held_out):
+    world = HeldOut(seed=2024)
+    for said in (False, True):
+        wanted = (
+            pair for pair in map(world.pair, world.judgeable())
+            if pair.edit_type == "text" and pair.target_scene["edit"][0]["to"] is None
+            and ("sign" in pair.instruction.lower()) == said
+        )  # fmt: skip
+        pair = next(wanted)
+        answers = world.answers(pair)
+        assert len(answers) == 2 - said and world.check(pair, answers[-1].target).success
+        if not said:
+            changed = (answers[1].target != pair.source).any(-1)
+            assert 0 < changed.sum() < (answers[0].target != pair.source).any(-1).sum()
+
+
+def test_what_one_of_two_edits_leaves_open_is_open(held_out):
+    def wanted(pair):
+        operations = pair.target_scene["edit"]
+        return len(operations) == 2 and any(one["op"] == "add" and not one["place_named"] for one in operations)
+
+    pair = found(held_out, wanted, 2000)
+    answers = held_out.answers(pair)
+    assert len(answers) > 3
+    for answer in answers[:: len(answers) // 3]:
+        changed = (answer.target != pair.source).any(-1)
+        assert held_out.check(pair, answer.target).success and not (changed & ~answer.mask).any()
 
 
 def test_the_answer_succeeds_and_the_source_does_not(held_out):
@@ -101,7 +170,7 @@ def test_indices_are_a_function_of_the_stream(held_out):
 
 
 def test_the_loss_of_every_pair_is_its_own():
-    pipeline, world = tiny_pipeline(), World(size=128)
+    pipeline, world = tiny_pipeline(max_text_tokens=256), World(size=128)
     pairs = [world.pair(5, index) for index in range(3)]
     together = bit_loss.losses(pipeline, [pairs], 4.0)
     assert together == pytest.approx(bit_loss.losses(pipeline, [[pair] for pair in pairs], 4.0), abs=1e-5)

@@ -19,7 +19,7 @@ from itertools import combinations
 import numpy as np
 from scipy import ndimage
 
-REVISION = 3
+REVISION = 4
 """Raised whenever a score could change: part of the protocol's hash."""
 
 SOFTNESS = 1.5 / 128
@@ -56,7 +56,7 @@ class Verdict:
     """What the checker found.
 
     Attributes:
-        success: every region is done and the rest is untouched.
+        success: every region is done, the rest is untouched, and what stands on a new background still does.
         closer: inside the mask nearer to the target than to the source, by mean absolute difference.
         half: at most half of the way to the target is left there.
         completeness: 0 (nothing of the edit) to 1 (all of it), the mean over the regions.
@@ -85,6 +85,8 @@ def check(
     result: np.ndarray,
     mask: np.ndarray,
     regions: Sequence[np.ndarray] | None = None,
+    bare: np.ndarray | None = None,
+    kept: Sequence[np.ndarray] = (),
 ) -> Verdict:
     """Compare a result with the known answer.
 
@@ -92,6 +94,7 @@ def check(
         source, target, result: uint8 (H, W, 3).
         mask: bool (H, W), True where the edit may change pixels.
         regions: bool (H, W) each, the parts that all have to be done; None takes the connected parts of the mask.
+        bare, kept: as in `Answer`.
 
     Raises:
         ValueError: Shapes that differ, an empty mask, or a region in which the target equals the source.
@@ -108,6 +111,9 @@ def check(
         for region in regions
         for part in quarters(region, before, after)
     )
+    if bare is not None:
+        without = soften(bare, SOFTNESS)
+        even = even and all(completeness(without[part], after[part], got[part]) >= DONE for part in kept)
     stray = float(stray_pixels(source, target, result, mask).mean())
     mean, preservation = float(np.mean(done)), 1 - float(np.sqrt(stray))
     way, left, back = _distances(before, after, got, mask)
@@ -132,11 +138,18 @@ class Answer:
         target: what the picture becomes, uint8 (H, W, 3).
         mask: where pixels may change for that, bool (H, W).
         regions: the parts that all have to be done, bool (H, W) each.
+        bare: a new background without the objects that stay, uint8 (H, W, 3); None where it stays what it is.
+        kept: where those objects stand, bool (H, W) each: they may not be painted over with it.
     """
 
     target: np.ndarray
     mask: np.ndarray
     regions: Sequence[np.ndarray]
+    bare: np.ndarray | None = None
+    kept: Sequence[np.ndarray] = ()
+
+    def check(self, source: np.ndarray, result: np.ndarray) -> Verdict:
+        return check(source, self.target, result, self.mask, self.regions, self.bare, self.kept)
 
 
 def check_any(source: np.ndarray, result: np.ndarray, answers: Sequence[Answer]) -> Verdict:
@@ -149,13 +162,12 @@ def check_any(source: np.ndarray, result: np.ndarray, answers: Sequence[Answer])
         ValueError: as `check`.
     """
     if len(answers) == 1:
-        (answer,) = answers
-        return check(source, answer.target, result, answer.mask, answer.regions)
+        return answers[0].check(source, result)
     before, got = soften(source, SOFTNESS), soften(result, SOFTNESS)
     glances = [_glance(before, got, answer) for answer in answers]
     done = [answer for answer, glance in zip(answers, glances) if glance.least >= DONE]
     nearest = answers[max(range(len(answers)), key=lambda index: glances[index].rank)]
-    verdicts = [check(source, one.target, result, one.mask, one.regions) for one in (*done, nearest)]
+    verdicts = [one.check(source, result) for one in (*done, nearest)]
     best = max(verdicts, key=lambda v: (v.success, v.half, v.closer, v.completeness))
     twice = any(not (one.mask & other.mask).any() for one, other in combinations(done, 2))
     return replace(best, success=best.success and not twice)
