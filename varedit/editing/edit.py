@@ -91,9 +91,9 @@ class Settings:
             ValueError: the model has no such size class.
         """
         missing = {name: pipeline.config[name] for name in _MODEL_DEFAULTS if getattr(self, name) is None}
-        resolved = replace(self, **missing)
-        pipeline.check_size(resolved.size)
-        return resolved
+        if self.size is not None:
+            pipeline.check_size(self.size)
+        return replace(self, **missing)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the way back."""

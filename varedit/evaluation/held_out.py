@@ -97,11 +97,11 @@ class HeldOut:
                 index -= sum(other < index for other in removed)
             if operation["op"] == "add" and not operation["place_named"]:
                 shares = np.arange(STEP, 1, STEP).tolist()
-                places = [{"x": x, "y": y} for x, y in product(shares, shares)]
-                yield from self._elsewhere(after, index, places)
+                yield from self._elsewhere(after, index, list(product(shares, shares)))
             elif operation["op"] == "move" and operation.get("spot") in ("left", "right", "top", "bottom"):
-                kept = "y" if operation["spot"] in ("left", "right") else "x"
-                yield from self._elsewhere(after, index, [{kept: getattr(before.items[operation["object"]], kept)}])
+                old, new = before.items[operation["object"]], after.items[index]
+                place = (new.x, old.y) if operation["spot"] in ("left", "right") else (old.x, new.y)
+                yield from self._elsewhere(after, index, [place])
             elif operation["op"] == "background" and after.background["kind"] == "pattern":
                 one, two = after.background["colours"]
                 for count, colours in product(COUNTS, ([one, two], [two, one])):
@@ -114,12 +114,12 @@ class HeldOut:
                     items.insert(index, replace(before.items[index], text=""))
                     yield replace(after, items=tuple(items))
 
-    def _elsewhere(self, scene: Scene, index: int, places: list[dict[str, float]]) -> Iterator[Scene]:
-        """The scene with one object at each of these places, where it fits."""
+    def _elsewhere(self, scene: Scene, index: int, places: list[tuple[float, float]]) -> Iterator[Scene]:
+        """The scene with one object at each of these places (x, y), where it fits."""
         item, rest = scene.items[index], scene.without(index)
         background = self._renderer.background(scene.background)
-        for place in places:
-            moved = replace(item, **place)
+        for x, y in places:
+            moved = replace(item, x=x, y=y)
             if moved != item and self._renderer.fits(moved, rest.items, background):
                 yield scene.swap(index, moved)
 
