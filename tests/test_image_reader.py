@@ -188,6 +188,19 @@ def test_colour_key_transparency():
     sixteen = Image.fromarray(np.array([[0, 514]], dtype=np.uint16))
     loaded = load_image(encoded(sixteen, "PNG", transparency=0))
     assert np.asarray(loaded.alpha).tolist() == [[0, 255]]
+    for bits in (1, 2, 4):
+        levels, key = 2**bits, 2**bits - 1
+        row = sum(level << (8 - bits * (1 + level % (8 // bits))) for level in (0, key))
+        body = bytes([0, row]) if bits < 4 else bytes([0, 0 << 4 | key])
+        data = b"\x89PNG\r\n\x1a\n"
+        width = key + 1 if bits < 4 else 2
+        header = struct.pack(">IIBBBBB", width, 1, bits, 0, 0, 0, 0)
+        for kind, part in (
+            (b"IHDR", header), (b"tRNS", struct.pack(">H", key)), (b"IDAT", zlib.compress(body)), (b"IEND", b""),
+        ):  # fmt: skip
+            data += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+        alpha = np.asarray(load_image(data).alpha)[0]
+        assert alpha[-1] == 0 and (alpha[:-1] == 255).all(), (bits, levels, alpha)
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
@@ -295,6 +308,15 @@ def test_another_profile_is_converted():
     swapped = np.asarray(image)[:, :, ::-1].astype(int)
     assert np.abs(np.asarray(loaded.rgb) - swapped).max() <= 3
     assert "converted to sRGB" in loaded.notes[0]
+    exif = Image.Exif()
+    exif[0x0110] = "camera"
+    exif[0x8769] = {0xA001: 65535, 0x9003: "2026:01:01 00:00:00", 0xA005: {1: "R03"}}
+    for profile, space, interop in ((wide_gamut_profile(), 1, {}), (None, 65535, {1: "R03"})):
+        kept = Image.Exif()
+        kept.load(load_image(encoded(image, "PNG", icc_profile=profile, exif=exif)).exif)
+        details = kept.get_ifd(0x8769)
+        assert kept[0x0110] == "camera" and details[0x9003].startswith("2026") and details[0xA001] == space
+        assert (kept.get_ifd(0xA005) or {}) == interop
     transparent = image.convert("RGBA")
     transparent.putalpha(7)
     loaded = load_image(encoded(transparent, "PNG", icc_profile=wide_gamut_profile()))

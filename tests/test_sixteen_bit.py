@@ -82,15 +82,40 @@ def test_orientation_turns_all_16_bits(format, orientation):
     assert loaded.rgb.size == upright.size
 
 
-@pytest.mark.parametrize("options", [{"compression": "zlib", "predictor": True}, {"tile": (16, 16)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compression": "zlib", "predictor": True}, {"tile": (16, 16)}, {"planarconfig": "separate"},
+        {"planarconfig": "separate", "compression": "zlib"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_tiffs_of_other_programs(options):
     tifffile = pytest.importorskip("tifffile")
     pixels = noise(40, 36, 3)
     buffer = io.BytesIO()
-    tifffile.imwrite(buffer, pixels, photometric="rgb", **options)
+    stored = np.moveaxis(pixels, 2, 0) if "planarconfig" in options else pixels
+    tifffile.imwrite(buffer, stored, photometric="rgb", **options)
     assert np.array_equal(load_image(buffer.getvalue()).rgb16_HW3, pixels)
     written = sixteen_bit.encode(pixels, "TIFF")
     assert np.array_equal(tifffile.imread(io.BytesIO(written)), pixels)
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_gray_tiffs_mean_what_their_tags_say(photometric):
+    tifffile = pytest.importorskip("tifffile")
+    levels = np.array([[0, 1000, 30000, 65535]], np.uint16)
+    expected = levels if photometric == "minisblack" else 65535 - levels
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, levels, photometric=photometric)
+    assert np.array_equal(load_image(buffer.getvalue()).rgb16_HW3[:, :, 1], expected)
+    if photometric == "miniswhite":  # of 12 bits Pillow reads the usual kind only
+        return
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, levels >> 4, photometric=photometric, bitspersample=12)
+    loaded = load_image(buffer.getvalue())
+    assert np.abs(loaded.rgb16_HW3[:, :, 1].astype(int) - expected).max() <= 16
+    assert np.abs(np.asarray(loaded.rgb)[:, :, 1].astype(int) * 257 - expected).max() <= 150
 
 
 @pytest.mark.parametrize(
@@ -138,6 +163,30 @@ def test_a_colour_profile_is_converted_at_16_bits():
     expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     assert np.abs(loaded.rgb16_HW3 / 65535 - expected).max() < 0.004
     assert len(np.unique(loaded.rgb16_HW3)) > 3000
+
+
+def test_a_gray_profile_is_converted_at_16_bits():
+    levels = np.array([[0, 16384, 32768, 65535]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "PNG")
+    loaded = load_image(_with_profile(buffer.getvalue(), _gray_profile()))
+    assert "converted to sRGB" in loaded.notes[0]
+    assert np.abs(loaded.rgb16_HW3[0, :, 1].astype(int) - [0, 35200, 48200, 65535]).max() < 200
+
+
+def _gray_profile() -> bytes:
+    """Linear gray, D50: header, three tags (white point, curve, description)."""
+    white = b"XYZ " + bytes(4) + bytes.fromhex("0000f6d6000100000000d32d")
+    curve = b"curv" + bytes(4) + bytes(4)
+    text = b"desc" + bytes(4) + (5).to_bytes(4) + b"gray\0" + bytes(4 + 4 + 2 + 1 + 67 + 4)
+    tags, at, body = b"", 128 + 4 + 3 * 12, b""
+    for name, data in ((b"wtpt", white), (b"kTRC", curve), (b"desc", text)):
+        tags += name + (at + len(body)).to_bytes(4) + len(data).to_bytes(4)
+        body += data + bytes(-len(data) % 4)
+    head = bytes(4) + bytes(4) + bytes.fromhex("02400000") + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28)
+    head += bytes.fromhex("0000f6d6000100000000d32d")
+    head = (128 + 4 + len(tags) + len(body)).to_bytes(4) + head[4:] + bytes(128 - len(head))
+    return head + (3).to_bytes(4) + tags + body
 
 
 def _gamma_profile(gamma: float) -> bytes:

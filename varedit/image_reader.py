@@ -5,9 +5,9 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar, Union
+from typing import Any, BinaryIO, TypeVar, Union
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ CODEC_ERRORS = (
 """What readers and writers of images raise on damaged input; the set is wide, for every format has its own parser."""
 
 _SRGB_TOLERANCE = 2  # levels of 255: profiles of sRGB round its curve and its primaries differently
+
+_CONVERTED = "colour profile"
+"""How the note on a conversion begins."""
 
 _TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -198,12 +201,20 @@ def _from_pil(image: Image.Image, label: str, max_pixels: int, file: BinaryIO | 
     raw_modes = [str(args[0] if isinstance(args, tuple) else args) for args in codec_args]
     # Pillow reads 16-bit colour by dropping the low byte. BGR;16 is 16 bits a pixel: 5-6-5.
     reduced = any(";16" in raw and "BGR;16" not in raw for raw in raw_modes) and not image.mode.startswith("I")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    planes = tags.get(ExifTags.Base.PlanarConfiguration) == 2 and 16 in tags.get(ExifTags.Base.BitsPerSample, ())
+    bands = image.mode if planes else raw_modes[0].split(";")[0] if reduced else ""
+    _scale_transparent_gray(image, raw_modes)
     upright, orientation, exif = _upright(image, notes)
+    if image.mode.startswith("I;16"):
+        upright = _true_gray(upright, tags)
     color, alpha, bit_depth = _split(upright, label)
     pixels = np.asarray(upright).astype(np.uint16)[:, :, None] if bit_depth == 16 else None  # gray, whole
-    if reduced:
+    if reduced or planes:
         bit_depth = 16
-        pixels = _read_16_bit(file, image, raw_modes[0].split(";")[0], orientation)
+        pixels = _read_16_bit(file, image, bands, orientation)
+        if planes and pixels is None:  # Pillow takes each half of its samples for a sample
+            raise ImageError(f"{label} has 16 bits a channel in planes that cannot be read; save it without planes")
     # LAB is colorimetric: its profile describes nothing that the conversion to RGB has not used.
     icc_profile = None if image.mode == "LAB" else image.info.get("icc_profile")
     rgb16_HW3 = alpha16_HW = None
@@ -217,6 +228,8 @@ def _from_pil(image: Image.Image, label: str, max_pixels: int, file: BinaryIO | 
         if bit_depth > 8:
             notes.append(f"{bit_depth} bits a channel reduced to 8")
         rgb = _to_srgb(color, icc_profile, notes)
+    if exif and any(note.startswith(_CONVERTED) for note in notes):
+        exif = _marked_srgb(exif)
     for note in notes:
         logger.warning("%s: %s", label, note)
     return LoadedImage(rgb, alpha, image.format, image.mode, bit_depth, exif, tuple(notes), rgb16_HW3, alpha16_HW)
@@ -265,6 +278,36 @@ def _upright(image: Image.Image, notes: list[str]) -> tuple[Image.Image, int, by
     return image.transpose(turn) if turn is not None else image.copy(), orientation, exif_bytes
 
 
+def _scale_transparent_gray(image: Image.Image, raw_modes: list[str]) -> None:
+    """Grays of 2 and 4 bits are read as 0 to 255, and the one that is transparent has to go with them."""
+    factor = {"L;2": 85, "L;4": 17}.get(raw_modes[0] if raw_modes else "")
+    if factor and isinstance(image.info.get("transparency"), int):
+        image.info["transparency"] *= factor
+
+
+def _true_gray(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """16-bit grays of a TIFF as they are meant: of 12 bits in full, and black where white is stored as zero."""
+    values = np.asarray(image).astype(np.uint32)
+    if 12 in tags.get(ExifTags.Base.BitsPerSample, ()):
+        values = (values * 65535 + 2047) // 4095
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+        values = 65535 - values
+    turned = Image.fromarray(values.astype(np.uint16))
+    turned.info = image.info
+    return turned
+
+
+def _marked_srgb(exif: bytes) -> bytes:
+    """An EXIF block that says sRGB: it came with another colour space, which the pixels no longer have."""
+    tags = Image.Exif()
+    tags.load(exif)
+    details = tags.get_ifd(ExifTags.IFD.Exif)
+    if ExifTags.Base.ColorSpace in details:
+        details[ExifTags.Base.ColorSpace] = 1
+    details.pop(ExifTags.IFD.Interop, None)  # such as R03: Adobe RGB
+    return tags.tobytes()
+
+
 def _split(image: Image.Image, label: str) -> tuple[Image.Image, Image.Image | None, int]:
     """Separates colour (mode L, RGB or CMYK) from alpha (mode L or None) and tells the bits a channel."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -309,7 +352,7 @@ def _to_srgb(color: _Color, icc_profile: bytes | None, notes: list[str]) -> _Col
     except CODEC_ERRORS as error:
         notes.append(f"unusable colour profile ignored ({reason(error)})")
         return _as_rgb(color)
-    notes.append(f"colour profile {name!r} converted to sRGB")
+    notes.append(f"{_CONVERTED} {name!r} converted to sRGB")
     return converted
 
 

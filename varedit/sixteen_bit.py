@@ -41,6 +41,8 @@ def decode(data: bytes, format: str) -> np.ndarray | None:
         return None
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
+    elif pixels.ndim == 3 and pixels.shape[2] > 4 and pixels.shape[0] in (3, 4):  # in planes
+        pixels = np.moveaxis(pixels, 0, 2)
     if pixels.ndim != 3 or pixels.dtype != np.uint16 or pixels.shape[2] > 4:
         return None
     return pixels
@@ -55,21 +57,22 @@ def upright(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels_HWC[rows, columns])
 
 
-def to_srgb(rgb_HW3: np.ndarray, icc_profile: bytes) -> np.ndarray:
-    """RGB of a colour profile -> sRGB, both uint16. With the intent and black point of the 8-bit conversion."""
+def to_srgb(pixels_HWC: np.ndarray, icc_profile: bytes) -> np.ndarray:
+    """RGB (H, W, 3) or gray (H, W, 1) of a colour profile -> sRGB (H, W, 3), both uint16. With the intent and black point of the 8-bit conversion."""
     import imagecodecs
 
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return imagecodecs.cms_transform(
-        rgb_HW3,
+    converted = imagecodecs.cms_transform(
+        pixels_HWC,
         icc_profile,
         srgb,
-        colorspace="RGB",
+        colorspace="GRAY" if pixels_HWC.shape[2] == 1 else "RGB",
         outcolorspace="RGB",
         outdtype="uint16",
         intent=int(ImageCms.Intent.RELATIVE_COLORIMETRIC),
         flags=int(ImageCms.Flags.BLACKPOINTCOMPENSATION),
     )
+    return converted.reshape(*pixels_HWC.shape[:2], 3)
 
 
 def encode(pixels_HWC: np.ndarray, format: str, exif: bytes | None = None) -> bytes:
