@@ -135,6 +135,13 @@ def test_a_scorer_of_ones_own_and_a_mask(pipeline, picture):
         assert (np.asarray(candidate.result.image)[outside] == np.asarray(picture)[outside]).all()
 
 
+@pytest.mark.parametrize("settings", [Settings(temperature=0), Settings(top_p=0.5)])
+def test_settings_that_leave_nothing_to_chance_are_refused(settings, pipeline, picture):
+    with pytest.raises(ValueError, match="makes one edit several times"):
+        best_of(pipeline, picture, "blur", 2, seed=1, settings=settings)
+    assert len(best_of(pipeline, picture, "blur", 1, seed=1, settings=settings)) == 1
+
+
 def test_impossible_numbers_are_refused(pipeline, picture):
     for count in (0, 65):
         with pytest.raises(ValueError, match=str(count)):

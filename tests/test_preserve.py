@@ -75,6 +75,8 @@ def test_a_mirrored_picture_is_the_input_mirrored(turn):
     source = large(1)
     edited, change = edit(source, turn(source))
     assert np.array_equal(preserve(source, edited, change), turn(source))
+    kept = (np.asarray(preserve(source, edited, change, "blend")) == np.asarray(turn(source))).all(-1)
+    assert kept.mean() > 0.95
 
 
 def fine(image) -> np.ndarray:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,24 @@ def test_export_is_the_step_with_the_originals_metadata(chain, tmp_path):
     with pytest.raises(ImageError, match="exists already"):
         chain.export(tmp_path / "a.png", 2)
     assert load_image(tmp_path / "a.png").rgb.tobytes() == written.rgb.tobytes()
+
+
+def test_transparency_turns_with_the_picture(pipeline, tmp_path):
+    random = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
+    Image.fromarray(random).save(tmp_path / "photo.png")
+    session = Session.create(tmp_path / "session", tmp_path / "photo.png")
+    for expected in (random[:, ::-1, 3], random[:, :, 3]):  # mirrored, and mirrored again
+        source = session.image() if session.head else load_image(tmp_path / "photo.png")
+        result = apply_edit(pipeline, source, "mirror it", seed=1, settings=SENSITIVE)
+        result = replace(result, change_map=replace(result.change_map, kind="global", orientation="mirrored"))
+        if not session.head:
+            assert np.array_equal(np.asarray(result.like.alpha), expected)
+            assert result.like.alpha is not result.source.alpha
+            masked = replace(result, area=Image.new("L", (60, 40), 255))
+            assert masked.like is masked.source
+        session.add(result, make_manifest(result, pipeline))
+        exported = session.export(tmp_path / f"{session.head}.png")
+        assert np.array_equal(np.asarray(load_image(exported).alpha), expected)
 
 
 def test_an_export_without_a_manifest_leaves_none_of_an_earlier_one(chain, tmp_path):

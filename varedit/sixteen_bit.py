@@ -58,7 +58,10 @@ def upright(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def to_srgb(pixels_HWC: np.ndarray, icc_profile: bytes) -> np.ndarray:
-    """RGB (H, W, 3) or gray (H, W, 1) of a colour profile -> sRGB (H, W, 3), both uint16. With the intent and black point of the 8-bit conversion."""
+    """RGB (H, W, 3) or gray (H, W, 1) of a colour profile -> sRGB (H, W, 3), both uint16.
+
+    With the intent and black point of the 8-bit conversion.
+    """
     import imagecodecs
 
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -86,7 +86,7 @@ def edit(  # noqa: PLR0913 - one argument an option
     from varedit.image_writer import save_image
 
     if no_manifest:
-        save_without_manifest(result.pixels, target, source, overwrite=overwrite)
+        save_without_manifest(result.pixels, target, result.like, overwrite=overwrite)
     else:
         manifest = make_manifest(
             result,
@@ -95,7 +95,7 @@ def edit(  # noqa: PLR0913 - one argument an option
             mask_name=mask.name if mask else None,
             mask_polygon=parse_polygon(polygon) if polygon else None,
         )
-        save_with_manifest(result.pixels, target, manifest, source, overwrite=overwrite)
+        save_with_manifest(result.pixels, target, manifest, result.like, overwrite=overwrite)
     if change_map is not None and result.change_map is not None:
         save_image(result.change_map.draw(source.rgb), change_map, overwrite=overwrite)
     typer.echo(f"{target}: {source.width} x {source.height} pixels, seed {result.seed}")

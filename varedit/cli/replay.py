@@ -97,7 +97,7 @@ def _replay_picture(
             mask_name=mask_of.get("name"),
             mask_polygon=mask_of.get("polygon"),
         )
-        save_with_manifest(done.result.pixels, output, again, source, overwrite=overwrite)
+        save_with_manifest(done.result.pixels, output, again, done.result.like, overwrite=overwrite)
     _tell(file, found, done.notes)
 
 

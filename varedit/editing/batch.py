@@ -393,7 +393,7 @@ class Worker:
             target = self.folder / job.output
             target.parent.mkdir(parents=True, exist_ok=True)
             # What was here and must not be replaced was refused before the start: see prepare_output.
-            save_with_manifest(result.pixels, target, manifest, result.source, overwrite=True)
+            save_with_manifest(result.pixels, target, manifest, result.like, overwrite=True)
             done = {"status": "ok", "error": None, "change": manifest.change, "sha256": _file_sha256(target)}
             return self._record(job) | done
         except Exception as error:  # noqa: BLE001 - see above

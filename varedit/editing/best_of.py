@@ -65,12 +65,18 @@ def best_of(
         batch_size: candidates edited in one call.
 
     Raises:
-        ValueError: see `apply_edit`; also an impossible number of candidates.
+        ValueError: see `apply_edit`; also an impossible number of candidates, or settings that leave nothing to chance.
     """
     check_num_candidates(num_candidates)
     source = load_image(image)
     first = secrets.randbelow(2**31) if seed is None else seed
     check_seed(first)
+    resolved = (settings or Settings()).resolved(pipeline)
+    if num_candidates > 1 and (not resolved.temperature or (resolved.top_p or 1) <= 0.5):
+        raise ValueError(
+            f"best of {num_candidates} at temperature {resolved.temperature} and top-p {resolved.top_p} makes one edit "
+            "several times; raise the temperature, and top-p above 0.5"
+        )
     seeds = [(first + index) % (MAX_SEED + 1) for index in range(num_candidates)]
     results: list[EditResult] = []
     for start in range(0, num_candidates, batch_size):

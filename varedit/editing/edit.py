@@ -16,6 +16,7 @@ from varedit.alignment import Motion
 from varedit.editing.align import find_slip, in_source_pixels, put_back
 from varedit.editing.change_map import Calibration, ChangeMap, change_map
 from varedit.editing.crop import Box, crop_box, cut, place_map, stitch
+from varedit.editing.edit_kind import turn_alpha
 from varedit.editing.mask import TokenLock, changed_area, check_margin, grow, model_mask, selects
 from varedit.editing.preserve import Mode, preserve
 from varedit.image_processor import Fit, ImageInput, LoadedImage, Prepared, load_image, prepare, to_pil
@@ -173,6 +174,14 @@ class EditResult:
     box: Box | None = None
     motion: Motion | None = None
     aligned: bool = False
+
+    @property
+    def like(self) -> LoadedImage:
+        """What a file of this edit takes from the source: EXIF, and transparency, turned where all of it was turned."""
+        change = self.change_map
+        if change is None or self.area is not None or self.box is not None:
+            return self.source
+        return turn_alpha(self.source, change.orientation)
 
     @property
     def pixels(self) -> Image.Image | np.ndarray:
@@ -360,7 +369,8 @@ def _compare(
         )
 
     change, motion, aligned = compared(decoded), None, False
-    held = task.area is not None and settings.lock != "off"  # by the source's own bits: it cannot slip
+    # By the source's own bits: it cannot slip. A mask of everything holds nothing.
+    held = mask_HW is not None and settings.lock != "off" and bool((mask_HW <= 0).any())
     if not held and change.kind != "none" and change.orientation == "same":
         motion = find_slip(source_decoded, decoded, prepared)
     if motion is not None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from varedit.editing.difference import SMOOTHING, Calibration, Difference, local_contrast, rms, smoothed
+from varedit.image_reader import LoadedImage
 
 Kind = Literal["none", "local", "global"]
 Orientation = Literal["same", "mirrored", "upside_down", "rotated"]
@@ -23,6 +25,16 @@ ORIENTATIONS: dict[str, tuple[slice, slice]] = {
     "rotated": (slice(None, None, -1), slice(None, None, -1)),
 }
 """Orientation -> index of rows and columns that turns the source that way."""
+
+
+def turn_alpha(source: LoadedImage, orientation: Orientation) -> LoadedImage:
+    """The source with its transparency turned as an edit turned its colours."""
+    if source.alpha is None or orientation == "same":
+        return source
+    turn = ORIENTATIONS[orientation]
+    alpha = Image.fromarray(np.ascontiguousarray(np.asarray(source.alpha)[turn]))
+    return replace(source, alpha=alpha, alpha16_HW=None if source.alpha16_HW is None else source.alpha16_HW[turn])
+
 
 NUM_SAMPLES = 20_000
 """Pixels that a colour transform is fitted to."""

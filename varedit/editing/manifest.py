@@ -28,6 +28,7 @@ from PIL import Image
 from varedit import __version__
 from varedit.durable import write_together
 from varedit.editing.edit import EditResult, Settings
+from varedit.editing.edit_kind import Orientation
 from varedit.editing.model_identity import ModelIdentity, identify
 from varedit.image_processor import ImageError, LoadedImage, load_image
 from varedit.image_writer import check_output, encode_image, save_image, writing
@@ -79,6 +80,12 @@ class Manifest:
     device: dict[str, Any]
     mask: dict[str, Any] | None = None
     change: dict[str, Any] | None = None
+
+    @property
+    def turn(self) -> Orientation:
+        """How the whole picture was turned, transparency included; see `EditResult.like`."""
+        everywhere = self.mask is None and self.settings.lock != "two-pass"
+        return self.change["orientation"] if everywhere and self.change and "orientation" in self.change else "same"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the way back."""

@@ -90,6 +90,9 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> I
 def polygon_mask(points: Sequence[tuple[float, float]], size: tuple[int, int]) -> Image.Image:
     """A mask that selects the inside of a polygon, (x, y) corners in pixels of an image of `size`.
 
+    Corners are pixels and belong to the inside: of four corners at 0 and 9 it is 10 pixels wide, where a box of width 9
+    is 9.
+
     Raises:
         ValueError: no corners, fewer than three, or no pixel of the image inside.
     """
@@ -97,6 +100,8 @@ def polygon_mask(points: Sequence[tuple[float, float]], size: tuple[int, int]) -
         corners = [(float(x), float(y)) for x, y in points]
         if not all(math.isfinite(x) and math.isfinite(y) for x, y in corners):
             raise ValueError
+        far = 10 * sum(size)  # Pillow counts in 32 bits
+        corners = [(min(max(x, -far), far), min(max(y, -far), far)) for x, y in corners]
     except (TypeError, ValueError):
         raise ValueError(f"polygon {points!r} is no list of X,Y corners in pixels") from None
     if len(corners) < 3:

@@ -92,7 +92,9 @@ def opacity(change: ChangeMap, mode: Mode = "exact", strength: float = 1.0) -> n
     if change.kind == "global" and (change.orientation == "same" or changed.mean() > 0.5):
         return np.ones(changed.shape, np.float32)
     if mode == "blend":
-        shown = ndimage.gaussian_filter(np.maximum(change.soft_HW, changed), FEATHER / 2)
+        # Of a turned picture the soft map is of what lay there before: the sure extent alone is of the turned one.
+        soft = np.maximum(change.soft_HW, changed) if change.orientation == "same" else changed.astype(np.float32)
+        shown = ndimage.gaussian_filter(soft, FEATHER / 2)
         shown[shown < 1 / 255] = 0
     elif changed.any():
         shown = np.maximum(1 - ndimage.distance_transform_edt(~changed) / FEATHER, 0)

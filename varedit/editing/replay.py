@@ -143,7 +143,7 @@ def _differing_threads(manifest: Manifest, pipeline: VAREditPipeline) -> tuple[s
 def check_file(path: Path, result: EditResult) -> list[str]:
     """Whether an image file holds the pixels that writing this edit would give it."""
     found = load_image(path)
-    data = encode_image(result.pixels, path.suffix, result.source)
+    data = encode_image(result.pixels, path.suffix, result.like)
     wanted = load_image(io.BytesIO(data))
     alphas = [None if image.alpha is None else pixels_sha256(image.alpha) for image in (found, wanted)]
     hashes = [picture_sha256(image.rgb, image.rgb16_HW3) for image in (found, wanted)]

@@ -297,12 +297,15 @@ class Session:
         return self._original["name"]
 
     def export(self, path: str | os.PathLike, number: int | None = None, *, overwrite: bool = False) -> Path:
-        """Write the picture of a step (the head) with the original's alpha and EXIF and the step's manifest.
+        """Write the picture of a step (the head) with the step's manifest and the original's EXIF and alpha.
+
+        The alpha is turned as the picture was.
 
         Raises:
             ImageError: see `save_image`; also an existing side file without `overwrite`.
             SessionError: the file would lie in the session's folder.
         """
+        from varedit.editing.edit_kind import turn_alpha
         from varedit.editing.manifest import save_with_manifest, save_without_manifest
 
         if Path(path).resolve().is_relative_to(self.folder.resolve()):
@@ -312,6 +315,8 @@ class Session:
         pixels = picture.rgb if picture.rgb16_HW3 is None else picture.rgb16_HW3
         if number == 0:
             return save_without_manifest(pixels, Path(path), original, overwrite=overwrite)
+        for step in self.path(number):
+            original = turn_alpha(original, step.manifest.turn)
         return save_with_manifest(pixels, Path(path), self.steps[number].manifest, original, overwrite=overwrite)
 
     def replay(self, pipeline: "VAREditPipeline", number: int) -> "Replay":
