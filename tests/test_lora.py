@@ -127,6 +127,7 @@ def test_the_command_merges_into_a_model_folder(trained, varedit, model_folder, 
     assert torch.equal(bits(VAREditPipeline.from_pretrained(merged)), after)
     assert not any(str(model_folder) in path.read_text() for path in merged.rglob("*.json"))
     varedit(*merge, tmp_path).assert_refused("merged", "--overwrite")
+    varedit(*merge, tmp_path, f"{tmp_path}=0.5", "--overwrite").assert_refused("named twice")
     assert varedit(*merge, f"{tmp_path}=0", "--overwrite").code == 0
     assert torch.equal(bits(VAREditPipeline.from_pretrained(merged)), before)
     varedit(*merge, f"{tmp_path}=much", "--overwrite").assert_refused("much", "no number")

@@ -27,7 +27,7 @@ def work(rank, count, port, config, folder, resume):
 
 folder, ports = Path(sys.argv[1]), sys.argv[2:]
 def launch(name, count, *overrides, resume=False):
-    config = load_config(EditorConfig, folder / "config.yaml", ["validate_every=6", *overrides])
+    config = load_config(EditorConfig, folder / "config.yaml", ["validate_every=3", *overrides])
     mp.start_processes(work, (count, ports.pop(), config, folder / name, resume), count, start_method="fork")
 
 for optimizer in ("adamw", "muon"):

@@ -355,6 +355,8 @@ def test_quotes_in_a_table(tmp_path: Path) -> None:
     found = list(read(table))
     assert isinstance(found[3], Skipped) and (found[3].origin, found[3].fault) == ("pairs.csv line 5", "bad row")
     assert len(found) == 5 and found[4].instruction == "x"
+    table.write_text('source,target,text\n1.png,2.png,"three\nlines\nof it"\n1.png,gone.png,x\n')
+    assert [item.origin for item in read(table)] == ["pairs.csv line 2", "pairs.csv line 5"]
     for rest in ("1.png,2.png,x\n", ""):
         table.write_text(good + '1.png,2.png,"make it red\n' + rest)
         found = []
@@ -377,13 +379,18 @@ def test_json_lines_table(tmp_path: Path) -> None:
     assert same(items[0], picture(1), picture(2), "go")
     assert (items[0].edit_type, items[0].origin, items[0].extra) == ("add", "7", {"more": [1]})
     assert faults(items) == ["bad row", "bad row", "bad row"]
+    lines(tmp_path / "own.jsonl", [{**row, "mask": "", "task": ""}])
+    (empty,) = read(tmp_path / "own.jsonl")
+    assert empty.mask is None and empty.edit_type == ""
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_own_folders(tmp_path: Path, beside: bool) -> None:
+@pytest.mark.parametrize("beside", [False, True, "with dots"])
+def test_own_folders(tmp_path: Path, beside: bool | str) -> None:
     names = (
         ("{0}.src.png", "{0}.tgt.png", "{0}.txt") if beside else ("source/{0}.png", "target/{0}.png", "text/{0}.txt")
     )
+    if beside == "with dots":
+        names = tuple(f"img.v1.{name}" for name in names)
     for i in range(2):
         save(tmp_path / names[0].format(i), picture(i))
         save(tmp_path / names[1].format(i), picture(10 + i))

@@ -15,7 +15,7 @@ from varedit.data.faults import skip_faults
 from varedit.data.packing import pack
 from varedit.data.readers import read
 from varedit.scales import nearest_schedule
-from varedit.training.data import MicroBatches, Plan
+from varedit.training.data import HeldOut, MicroBatches, Plan
 from varedit.training.run import train
 from varedit.training.sources import open_pairs
 
@@ -44,6 +44,30 @@ def test_a_folder_is_gone_through_evenly_in_buckets_of_its_own_shapes(editor_con
         np.add.at(seen[schedule.size], numbers, 1)
     assert 2 < seen[128].sum() / seen[256].sum() < 4.5
     assert seen[128].min() > 0.6 * seen[128].mean()
+
+
+def test_a_run_is_not_validated_on_what_it_trains_on(editor_config, tmp_path, pairs_folder):
+    with pytest.raises(ValueError, match="data.validation is data.source"):
+        open_pairs(editor_config(f"data.validation={pairs_folder}", "data.validation_count=2"), CPU, tmp_path)
+
+
+def test_the_worlds_held_out_pairs_are_as_many_as_asked_for_whatever_the_micro_batch(editor_config, tmp_path):
+    _, held_out = open_pairs(editor_config("data.source=world", "data.validation_count=10"), CPU, tmp_path)
+    found = []
+    for size in (4, 16):
+        held = HeldOut(held_out, 10, size, seed=0)
+        found.append([text for index in range(len(held)) for text in held.batch(index).instructions])
+    assert len(found[0]) == 10 and found[0] == found[1]
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(editor_config, tmp_path):
+    for name in ("data.json", "notes.txt"):
+        folder = tmp_path / name.removesuffix(".json")
+        folder.mkdir()
+        (folder / name).write_text("[1, 2]")
+        with pytest.raises(ValueError, match=f"already holds '{name}'; give a new or empty folder"):
+            train(editor_config(), folder)
+        assert (folder / name).read_text() == "[1, 2]" and len(list(folder.iterdir())) == 1
 
 
 def test_held_out_pairs_are_not_trained_on(editor_config, tmp_path):

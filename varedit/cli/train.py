@@ -65,7 +65,11 @@ def merge(
     from varedit.model_folder import check_folder, forget_origin, written_whole
 
     check_folder(output, overwrite)
-    factors = dict(_factor(text) for text in adapters)
+    factors: dict[str, float] = {}
+    for folder, factor in map(_factor, adapters):
+        if folder in factors:
+            raise ValueError(f"adapter {folder!r} is named twice; name it once, with the factor it is to have")
+        factors[folder] = factor
     pipeline = load_model(model, "cpu", dtype)
     names = {folder: f"adapter{number}" for number, folder in enumerate(factors)}
     for folder, name in names.items():
@@ -103,5 +107,12 @@ def _train(settings: "RunConfig", output: Path, resume: bool) -> None:
     except CheckpointError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = str(error).split(". ")[0]
+        raise ValueError(
+            f"{reason}: lower micro_batch_size, set gradient_checkpointing, or shard over several processes"
+        ) from error
     if first:
         typer.echo(f"{output}: done, {steps} steps")

@@ -182,7 +182,7 @@ def _read_csv(path: Path) -> Iterator[Item]:
         start = lines.read(3)
         lines.seek(3 if start == "\xef\xbb\xbf" else 0)  # the byte order mark that spreadsheets write
         rows = _csv_rows(path, lines)
-        first = next(rows, [])
+        _, first = next(rows, (1, []))
         if isinstance(first, csv.Error):
             raise ValueError(f"{path} has no readable header ({first})")
         header = [_cell(name) for name in first]
@@ -190,7 +190,7 @@ def _read_csv(path: Path) -> Iterator[Item]:
         for role in ("source", "target", "instructions"):
             if not set(ALIASES[role]) & set(names):
                 raise ValueError(f"{path} has no column {role!r}: its header is {', '.join(names) or 'empty'}")
-        for number, cells in enumerate(rows, 2):
+        for number, cells in rows:
             if not cells:
                 continue
             origin = f"{path.name} line {number}"
@@ -203,8 +203,8 @@ def _read_csv(path: Path) -> Iterator[Item]:
             yield _row_record(origin, {name: _cell(cell) for name, cell in zip(names, cells)}, pictures)
 
 
-def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[list[str] | csv.Error]:
-    """The rows of a table, and errors in place of those that cannot be read.
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """The lines on which the rows of a table begin, and the rows, or errors in place of those that cannot be read.
 
     Raises:
         ValueError: A quoted cell has no end, and takes all later rows into it.
@@ -212,7 +212,7 @@ def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[list[str] | csv.Erro
     rows, first = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True), 1
     while True:
         try:
-            yield next(rows)
+            yield first, next(rows)
         except StopIteration:
             return
         except csv.Error as error:
@@ -220,7 +220,7 @@ def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[list[str] | csv.Erro
                 raise ValueError(
                     f"{path} line {first} cannot be read ({error}): close the quote that opens there"
                 ) from error
-            yield error
+            yield first, error
         first = rows.line_num + 1
 
 
@@ -232,7 +232,7 @@ def _row_record(origin: str, row: dict[str, Any], pictures: Pictures) -> Item:
     """A record from a row of an own table; values are JSON values or bytes."""
     try:
         found = {
-            role: next((name for name in names if row.get(name) not in (None, b"")), None)
+            role: next((name for name in names if not _is_empty(row.get(name), role)), None)
             for role, names in ALIASES.items()
         }
         for role in ("source", "target"):
@@ -261,6 +261,10 @@ def _row_record(origin: str, row: dict[str, Any], pictures: Pictures) -> Item:
         return Skipped(origin, error.fault, str(error))
 
 
+def _is_empty(value: Any, role: str) -> bool:
+    return value is None or value == b"" or (value == "" and role != "instructions")  # "" is said of an instruction
+
+
 def _has_any(row: dict[str, Any], role: str) -> bool:
     return any(name in row for name in ALIASES[role])
 
@@ -276,7 +280,7 @@ def _read_folder(folder: Path) -> Iterator[Item]:
         texts = {path.stem: path for name in ("target", "source", "text") for path in folder.glob(f"{name}/*.txt")}
     else:
         sides = {
-            role: {path.name.split(".", 1)[0]: path for path in sorted(folder.glob(f"*.{short}.*"))}
+            role: {path.name.rpartition(f".{short}.")[0]: path for path in sorted(folder.glob(f"*.{short}.*"))}
             for role, short in (("source", "src"), ("target", "tgt"), ("mask", "mask"))
         }
         texts = {path.stem: path for path in folder.glob("*.txt")}

@@ -40,7 +40,8 @@ class DataConfig:
         validation: folder of held-out pairs. Without it: the world's test split, or pairs held out of the folder.
         validation_count: how many held-out pairs the validation uses.
         num_workers: processes that read and prepare pairs, for each training process; 0 does it in line.
-        max_bad_fraction: pairs that cannot be used are skipped and named in the log; more than this share is fatal.
+        max_bad_fraction: pairs that cannot be used are skipped and counted, the first 20 named; more than this share is
+            fatal.
     """
 
     source: str = "world"

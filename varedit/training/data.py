@@ -7,6 +7,7 @@ A step has one bucket, a size class and an aspect template: all processes then c
 import hashlib
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -291,16 +292,17 @@ class HeldOut:
 
     def __init__(self, pairs: Pairs, count: int, micro_batch_size: int, seed: int) -> None:
         self.pairs = pairs
-        if isinstance(pairs, WorldPairs):
-            size = min(micro_batch_size, count)
-            plan = Plan(pairs, -(-count // size), size, seed)
-            self._parts = [(plan.schedule(i), plan.numbers(i, range(size))) for i in range(-(-count // size))]
+        if isinstance(pairs, WorldPairs):  # each drawn by itself: the same pairs whatever the micro-batch
+            plan, members = Plan(pairs, count, 1, seed), defaultdict(list)
+            for index in range(count):
+                members[plan.schedule(index)] += plan.numbers(index, [0])
         else:
-            self._parts = [
-                (schedule, members[first : first + micro_batch_size])
-                for schedule, members in sorted_buckets(pairs.members)
-                for first in range(0, len(members), micro_batch_size)
-            ]
+            members = pairs.members
+        self._parts = [
+            (schedule, numbers[first : first + micro_batch_size])
+            for schedule, numbers in sorted_buckets(members)
+            for first in range(0, len(numbers), micro_batch_size)
+        ]
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -1,7 +1,7 @@
 """The run folder: what was asked, where and on what it runs, how it goes.
 
 `config.yaml`, `environment.json` and `data.json` are written at the start; `metrics.jsonl` has a line every `log_every`
-steps and one a validation; `log.txt` has what was said, and names the pairs that could not be used; `samples/` has
+steps and one a validation; `log.txt` has what was said, and names pairs that could not be used; `samples/` has
 pictures, `checkpoints/` the way back in, `model/` or `lora/` the result, and `tensorboard/` the same numbers and
 pictures where the package tensorboard is installed. Weights & Biases gets them only if the config says so.
 """

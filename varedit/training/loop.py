@@ -243,7 +243,12 @@ class Loop:
             module.eval()
         try:
             with self.average.applied() if self.average is not None else contextlib.nullcontext():
-                yield
+                try:
+                    yield
+                finally:
+                    for module in modules:
+                        if is_sharded(module):  # else the next step would see what was gathered here
+                            module.reshard()
         finally:
             for module in modules:
                 module.train()

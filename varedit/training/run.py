@@ -12,7 +12,7 @@ from varedit.training.journal import check_folder, logged
 from varedit.training.loop import Loop, Training
 from varedit.training.precision import report_precision
 from varedit.training.processes import Processes, joined
-from varedit.training.sources import forget_scans
+from varedit.training.sources import check_new, forget_scans
 
 
 def train(config: RunConfig, folder: Path, resume: bool = False, perceptual=None) -> int:
@@ -35,6 +35,8 @@ def train(config: RunConfig, folder: Path, resume: bool = False, perceptual=None
     with joined(config.device) as processes:
         check_processes(config, processes.count)
         check_folder(folder, config, resume)
+        if not resume:
+            check_new(folder)
         if not resume and processes.first:
             forget_scans(folder)
         processes.barrier()

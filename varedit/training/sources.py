@@ -66,6 +66,11 @@ def open_pairs(
         held = [entries[i] for i in sorted(order[:count])]
         held_out = IndexedPairs(Path(data.source), held, data, config.seed, use_features) if held else None
     if data.validation and data.validation_count:
+        if data.source and Path(data.source).resolve() == Path(data.validation).resolve():
+            raise ValueError(
+                f"data.validation is data.source, {data.source!r}: it would be validated on what is trained on; leave "
+                "data.validation out to hold pairs out of the source"
+            )
         use_features = _has_features(Path(data.validation), data, models)
         entries, facts["validation_fingerprint"] = _entries(
             Path(data.validation), folder / f"validation.{_INDEX}", config, processes
@@ -153,7 +158,24 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def check_new(folder: Path) -> None:
+    """Raise ValueError if a folder holds more than an attempt that never began leaves: it would be written over."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not _is_scan(path):
+            raise ValueError(f"output {str(folder)!r} already holds {path.name!r}; give a new or empty folder")
+
+
 def forget_scans(folder: Path) -> None:
     """Remove what an attempt that never began has left in a run folder."""
-    for name in (_INDEX, f"validation.{_INDEX}", _FACTS):
-        (folder / name).unlink(missing_ok=True)
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if _is_scan(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_scan(path: Path) -> bool:
+    if path.name != _FACTS:
+        return path.name.removesuffix(".partial") in (_INDEX, f"validation.{_INDEX}", Path(_FACTS).stem)
+    try:
+        return "fingerprint" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

@@ -2,6 +2,7 @@
 condition dropout (paper section 3; Infinity section 3.4), on a frozen image tokenizer and text encoder.
 """
 
+import json
 import logging
 import random
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.lora import add_lora, quantize_blocks, save_lora
 from varedit.model_folder import in_its_place
 from varedit.pipeline import VAREditPipeline
+from varedit.presets import PRESETS
 from varedit.quantizer import TeacherForcing, patchify, resize_area, teacher_forcing
 from varedit.scales import NUM_SCALES, ScaleSchedule
 from varedit.text import encode_prompts, pad_text
@@ -225,9 +227,20 @@ class EditorTraining:
             self.text.tokenizer,
             size=max(data.sizes),
             fit=data.fit,
+            **self._sampling(),
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def _sampling(self) -> dict[str, float]:
+        """Guidance scale, temperature and top-p of the model that the training starts from, or of its preset."""
+        names = ("guidance_scale", "temperature", "top_p")
+        index = Path(self.config.start or "", "model_index.json")
+        if self.config.start and index.is_file():
+            values = json.loads(index.read_text(encoding="utf-8"))
+            return {name: values[name] for name in names if name in values}
+        preset = PRESETS.get(self.config.preset or "")
+        return {name: getattr(preset, name) for name in names} if preset else {}
 
     def _whole_transformer(self) -> VAREditTransformer:
         """The transformer itself, or, where it is sharded, a copy gathered on the first process."""
