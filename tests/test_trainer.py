@@ -53,6 +53,16 @@ def test_a_run_from_zero_samples_validates_and_writes_a_model(editor_config, tmp
     assert environment["packages"]["torch"] == torch.__version__ and environment["processes"] == 1
 
 
+def test_a_model_keeps_the_sampling_of_its_start(editor_config, tmp_path, model_folder):
+    shutil.copytree(model_folder, tmp_path / "start")
+    index = tmp_path / "start" / "model_index.json"
+    sampling = {"guidance_scale": 2.5, "temperature": 0.25, "top_p": 0.75}
+    index.write_text(json.dumps(json.loads(index.read_text()) | sampling))
+    train(editor_config(f"start={tmp_path / 'start'}", "steps=1"), tmp_path / "run")
+    written = json.loads((tmp_path / "run/model/model_index.json").read_text())
+    assert {name: written[name] for name in sampling} == sampling
+
+
 def test_flips_dropouts_and_phrasings_depend_on_the_position_not_on_the_batch(editor_config, tmp_path):
     settings = editor_config("max_flip=0.5", "drop_text=0.5", "data.source=world", "edit_weight=4")
     training = EditorTraining(settings, CPU, tmp_path)
