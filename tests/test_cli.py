@@ -301,15 +301,21 @@ def test_a_proxy_that_refuses_is_one_line(photo):
     threading.Thread(target=refuse, daemon=True).start()
     proxy = f"http://127.0.0.1:{refusing.getsockname()[1]}"
     code = f"from varedit.cli import main; main(['edit', {str(photo)!r}, 'blur', '--model', 'nobody/nothing'])"
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": ""}
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HTTPS_PROXY": proxy, "https_proxy": proxy}
+    environment = {
+        name: value for name, value in environment.items() if name not in ("NO_PROXY", "no_proxy", "HF_ENDPOINT")
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(r"^error: cannot load the model 'nobody/nothing': ", done.stderr, re.MULTILINE), done.stderr
 
 
 def test_a_name_that_is_not_text_is_no_error_after_the_edit(varedit, model_folder, photo, tmp_path):
-    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
-    photo.rename(odd)
+    try:
+        odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+        photo.rename(odd)
+    except (OSError, UnicodeDecodeError):
+        pytest.skip("file names are text here")
     ran = varedit("edit", odd, "blur", "--model", model_folder, *PIXELS_ALONE)
     assert ran.code == 0 and r"caf\udce9.edited.png" in ran.out, ran.err
 

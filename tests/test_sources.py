@@ -60,14 +60,15 @@ def test_the_worlds_held_out_pairs_are_as_many_as_asked_for_whatever_the_micro_b
     assert len(found[0]) == 10 and found[0] == found[1]
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(editor_config, tmp_path):
-    for name in ("data.json", "notes.txt"):
-        folder = tmp_path / name.removesuffix(".json")
-        folder.mkdir()
-        (folder / name).write_text("[1, 2]")
-        with pytest.raises(ValueError, match=f"already holds '{name}'; give a new or empty folder"):
-            train(editor_config(), folder)
-        assert (folder / name).read_text() == "[1, 2]" and len(list(folder.iterdir())) == 1
+@pytest.mark.parametrize("name", ["data.json", "model", "metrics.jsonl"])
+def test_what_a_run_would_write_over_is_left_alone(editor_config, tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text("[1, 2]")
+    (folder / "slurm-1.out").write_text("other things are no matter")
+    with pytest.raises(ValueError, match=f"already holds .*'{name}'; give another folder"):
+        train(editor_config(), folder)
+    assert (folder / name).read_text() == "[1, 2]" and len(list(folder.iterdir())) == 2
 
 
 def test_held_out_pairs_are_not_trained_on(editor_config, tmp_path):

@@ -58,6 +58,12 @@ def in_its_place(output: Path) -> Iterator[Path]:
         shutil.rmtree(parent, ignore_errors=True)
 
 
+def sweep(output: Path) -> None:
+    """Remove what a killed `in_its_place` of this folder has left. Only where nobody else may be writing it."""
+    for left in output.parent.glob(f".{output.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def forget_origin(folder: Path) -> None:
     """Take the note where its parts were loaded from out of a saved model: that folder is nobody's business."""
     for file in [*folder.glob("*/config.json"), folder / "model_index.json"]:

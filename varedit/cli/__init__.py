@@ -1,7 +1,8 @@
 """The `varedit` command. Commands import what they need when they run: `varedit --help` loads neither PyTorch nor
 diffusers.
 
-Exit codes: 0 done, 1 our fault, 2 bad input (one line on stderr: the value and the fix), 130 interrupted.
+Exit codes: 0 done, 1 our fault, 2 bad input, or more than the device holds (one
+line on stderr: the value and the fix), 130 interrupted.
 """
 
 import logging
@@ -12,7 +13,7 @@ from typing import Annotated
 import typer
 
 from varedit import __version__
-from varedit.cli import batch, convert, data, doctor, edit, evaluate, inspect, replay, session, sign, train
+from varedit.cli import batch, convert, data, doctor, edit, evaluate, inspect, options, replay, session, sign, train
 
 app = typer.Typer(
     name="varedit",
@@ -69,10 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:  # the public edge of the package: the value and the fix, in one line
         code = _fail(str(error))
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every command loads
+        full = options.out_of_memory(error)
+        if full is None:
             raise
-        reason = str(error).split(". ")[0]
-        code = _fail(f"{reason}: take a smaller size, model or batch, --dtype bfloat16, or --device cpu")
+        code = _fail(f"{full}: take a smaller size, model or batch, --dtype bfloat16, or --device cpu")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:

@@ -59,6 +59,12 @@ def check_request(instruction: str, seed: int | None) -> None:
         check_seed(seed)
 
 
+def out_of_memory(error: RuntimeError) -> str | None:
+    """What a device says that has no more memory, in short; None of any other error."""
+    is_it = type(error).__name__ == "OutOfMemoryError"  # torch's, which not every command loads
+    return str(error).split(". ")[0] if is_it else None
+
+
 def edit_area(
     size: tuple[int, int],
     mask: Path | None,

@@ -20,7 +20,9 @@ ConfigFile = Annotated[Path, typer.Option(help="YAML file of the run; see docs/t
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="field=value, instead of the file's; may be repeated.")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.", show_default=False)]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the run, a new one unless --resume.", show_default=False)
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only check the config, and say sizes and memory.")]
 
@@ -108,11 +110,11 @@ def _train(settings: "RunConfig", output: Path, resume: bool) -> None:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        full = options.out_of_memory(error)
+        if full is None:
             raise
-        reason = str(error).split(". ")[0]
         raise ValueError(
-            f"{reason}: lower micro_batch_size, set gradient_checkpointing, or shard over several processes"
+            f"{full}: lower micro_batch_size, set gradient_checkpointing, or shard over several processes"
         ) from error
     if first:
         typer.echo(f"{output}: done, {steps} steps")

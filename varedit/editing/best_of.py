@@ -72,6 +72,7 @@ def best_of(
     first = secrets.randbelow(2**31) if seed is None else seed
     check_seed(first)
     resolved = (settings or Settings()).resolved(pipeline)
+    # Of two values of a bit one always has half of the probability: top-p up to that takes the likelier one.
     if num_candidates > 1 and (not resolved.temperature or (resolved.top_p or 1) <= 0.5):
         raise ValueError(
             f"best of {num_candidates} at temperature {resolved.temperature} and top-p {resolved.top_p} makes one edit "

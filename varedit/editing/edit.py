@@ -369,8 +369,9 @@ def _compare(
         )
 
     change, motion, aligned = compared(decoded), None, False
-    # By the source's own bits: it cannot slip. A mask of everything holds nothing.
-    held = mask_HW is not None and settings.lock != "off" and bool((mask_HW <= 0).any())
+    area = task.seen(task.area)
+    # By the source's own bits: it cannot slip. An area of everything holds nothing.
+    held = area is not None and settings.lock != "off" and bool((model_mask(area, prepared) <= 0).any())
     if not held and change.kind != "none" and change.orientation == "same":
         motion = find_slip(source_decoded, decoded, prepared)
     if motion is not None:

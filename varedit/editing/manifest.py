@@ -84,8 +84,10 @@ class Manifest:
     @property
     def turn(self) -> Orientation:
         """How the whole picture was turned, transparency included; see `EditResult.like`."""
-        everywhere = self.mask is None and self.settings.lock != "two-pass"
-        return self.change["orientation"] if everywhere and self.change and "orientation" in self.change else "same"
+        change = self.change or {}
+        # A second pass is locked to where the first one changed something; after a global one there is none.
+        somewhere = self.mask is not None or (self.settings.lock == "two-pass" and change.get("kind") == "local")
+        return "same" if somewhere else change.get("orientation", "same")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the way back."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Convention = Literal["white", "transparent"]
 
+_FARTHEST = 2.0**30
+"""Pixels that a corner may lie away: Pillow draws in 32 bits."""
+
 MAX_ASPECT_ERROR = 0.01
 """A mask's aspect ratio may differ from the image's by this share; rounding to whole pixels needs some."""
 
@@ -98,10 +101,8 @@ def polygon_mask(points: Sequence[tuple[float, float]], size: tuple[int, int]) -
     """
     try:
         corners = [(float(x), float(y)) for x, y in points]
-        if not all(math.isfinite(x) and math.isfinite(y) for x, y in corners):
+        if not all(abs(number) <= _FARTHEST for corner in corners for number in corner):
             raise ValueError
-        far = 10 * sum(size)  # Pillow counts in 32 bits
-        corners = [(min(max(x, -far), far), min(max(y, -far), far)) for x, y in corners]
     except (TypeError, ValueError):
         raise ValueError(f"polygon {points!r} is no list of X,Y corners in pixels") from None
     if len(corners) < 3:

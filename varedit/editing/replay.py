@@ -61,8 +61,7 @@ def replay(
             )
         else:
             found += _check_configs(manifest, "this pipeline", state_configs(pipeline))
-    resolved = manifest.settings.resolved(pipeline)
-    if resolved != manifest.settings:
+    if not found and manifest.settings.resolved(pipeline) != manifest.settings:
         found.append("settings: the manifest leaves some to the model; they cannot be told any more")
     notes = differing_software(manifest, pipeline)
     if found:

@@ -99,7 +99,9 @@ class HeldOut:
                 shares = np.arange(STEP, 1, STEP).tolist()
                 yield from self._elsewhere(after, index, list(product(shares, shares)))
             elif operation["op"] == "move" and operation.get("spot") in ("left", "right", "top", "bottom"):
-                old, new = before.items[operation["object"]], after.items[index]
+                new = after.items[index]
+                gone = (item for item in before.items if item not in after.items)
+                old = next(item for item in gone if replace(item, x=new.x, y=new.y) == new)
                 place = (new.x, old.y) if operation["spot"] in ("left", "right") else (old.x, new.y)
                 yield from self._elsewhere(after, index, [place])
             elif operation["op"] == "background" and after.background["kind"] == "pattern":

@@ -145,7 +145,7 @@ def write_report(runs: Sequence[Run], html: Path, max_strips: int = 400, *, over
     markdown_path, json_path = html.with_suffix(".md"), html.with_suffix(".json")
     for path in (html, markdown_path, json_path):
         if path.is_file() and not overwrite:
-            raise ValueError(f"{path} exists already; pass --overwrite, or another --html")
+            raise ValueError(f"{path} exists already; allow overwriting (--overwrite), or name another")
     pairs = comparisons(runs)
     write_text(html, page(runs, pairs, max_strips))
     write_text(markdown_path, markdown(runs, pairs))

@@ -37,6 +37,7 @@ def train(config: RunConfig, folder: Path, resume: bool = False, perceptual=None
         check_folder(folder, config, resume)
         if not resume:
             check_new(folder)
+        processes.barrier()  # the next lines remove what the others have just looked at
         if not resume and processes.first:
             forget_scans(folder)
         processes.barrier()

@@ -22,6 +22,10 @@ from varedit.training.processes import Processes
 logger = logging.getLogger(__name__)
 
 _INDEX, _FACTS = "pairs.index.json", "data.json"
+_WRITTEN = (
+    "environment.json", "metrics.jsonl", "log.txt", "checkpoints", "samples", "model", "lora", "image_tokenizer",
+)  # fmt: skip
+"""What a run writes beside its config and the facts about its data."""
 
 
 def open_pairs(
@@ -41,6 +45,11 @@ def open_pairs(
             held out; stored features are of other models.
     """
     data = config.data
+    if data.validation and Path(data.source).resolve() == Path(data.validation).resolve():
+        raise ValueError(
+            f"data.validation is data.source, {data.source!r}: it would be validated on what is trained on; leave "
+            "data.validation out to hold pairs out of the source"
+        )
     for place in (data.source if data.source != "world" else None, data.validation if data.validation_count else None):
         if place:
             check_pairs(Path(place))
@@ -66,11 +75,6 @@ def open_pairs(
         held = [entries[i] for i in sorted(order[:count])]
         held_out = IndexedPairs(Path(data.source), held, data, config.seed, use_features) if held else None
     if data.validation and data.validation_count:
-        if data.source and Path(data.source).resolve() == Path(data.validation).resolve():
-            raise ValueError(
-                f"data.validation is data.source, {data.source!r}: it would be validated on what is trained on; leave "
-                "data.validation out to hold pairs out of the source"
-            )
         use_features = _has_features(Path(data.validation), data, models)
         entries, facts["validation_fingerprint"] = _entries(
             Path(data.validation), folder / f"validation.{_INDEX}", config, processes
@@ -159,23 +163,21 @@ def _digest(value: Any) -> str:
 
 
 def check_new(folder: Path) -> None:
-    """Raise ValueError if a folder holds more than an attempt that never began leaves: it would be written over."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not _is_scan(path):
-            raise ValueError(f"output {str(folder)!r} already holds {path.name!r}; give a new or empty folder")
+    """Raise ValueError if a folder holds what a run would write over. Leftovers of one that never began are none."""
+    for name in _WRITTEN:
+        if (folder / name).exists():
+            raise ValueError(f"output {str(folder)!r} already holds {name!r}; give another folder")
+    try:
+        ours = "fingerprint" in json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"output {str(folder)!r} already holds another {_FACTS!r}; give another folder")
 
 
 def forget_scans(folder: Path) -> None:
     """Remove what an attempt that never began has left in a run folder."""
-    for path in list(folder.iterdir()) if folder.is_dir() else ():
-        if _is_scan(path):
-            path.unlink(missing_ok=True)
-
-
-def _is_scan(path: Path) -> bool:
-    if path.name != _FACTS:
-        return path.name.removesuffix(".partial") in (_INDEX, f"validation.{_INDEX}", Path(_FACTS).stem)
-    try:
-        return "fingerprint" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+    for name in (_INDEX, f"validation.{_INDEX}", _FACTS):
+        (folder / name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from varedit import quantizer
 from varedit.data.features import load_image_tokenizer
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
-from varedit.model_folder import in_its_place
+from varedit.model_folder import in_its_place, sweep
 from varedit.scales import ScaleSchedule
 from varedit.training.config import TokenizerConfig
 from varedit.training.data import HeldOut, MicroBatch, Plan, stream_seed
@@ -174,6 +174,7 @@ class TokenizerTraining:
         """Write `image_tokenizer/`: for `image_tokenizer` in an editor's config."""
         if not self.processes.first:
             return
+        sweep(folder / "image_tokenizer")
         with in_its_place(folder / "image_tokenizer") as partial:
             self.image_tokenizer.save_pretrained(partial)
 

@@ -17,7 +17,7 @@ from varedit.data.features import load_image_tokenizer, load_text_encoder
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.lora import add_lora, quantize_blocks, save_lora
-from varedit.model_folder import in_its_place
+from varedit.model_folder import in_its_place, sweep
 from varedit.pipeline import VAREditPipeline
 from varedit.presets import PRESETS
 from varedit.quantizer import TeacherForcing, patchify, resize_area, teacher_forcing
@@ -59,6 +59,7 @@ class EditorTraining:
         assert source is not None, "checked with the config"
         self.image_tokenizer = load_image_tokenizer(source).to(processes.device)
         self.transformer = new_transformer(config, processes.device)
+        self.sampling = _sampling(config)
         _check_sizes(config, self.transformer, self.image_tokenizer)
         self.text = TextStates(config, processes, self.transformer.config.max_text_tokens)
         if self.text.encoder.config.hidden_size != self.transformer.config.text_features:
@@ -212,7 +213,9 @@ class EditorTraining:
         if not self.processes.first:
             return
         lora = self.config.lora is not None
-        with in_its_place(folder / ("lora" if lora else "model")) as partial:
+        output = folder / ("lora" if lora else "model")
+        sweep(output)
+        with in_its_place(output) as partial:
             if lora:
                 save_lora(transformer, partial)
             else:
@@ -227,20 +230,10 @@ class EditorTraining:
             self.text.tokenizer,
             size=max(data.sizes),
             fit=data.fit,
-            **self._sampling(),
+            **self.sampling,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def _sampling(self) -> dict[str, float]:
-        """Guidance scale, temperature and top-p of the model that the training starts from, or of its preset."""
-        names = ("guidance_scale", "temperature", "top_p")
-        index = Path(self.config.start or "", "model_index.json")
-        if self.config.start and index.is_file():
-            values = json.loads(index.read_text(encoding="utf-8"))
-            return {name: values[name] for name in names if name in values}
-        preset = PRESETS.get(self.config.preset or "")
-        return {name: getattr(preset, name) for name in names} if preset else {}
 
     def _whole_transformer(self) -> VAREditTransformer:
         """The transformer itself, or, where it is sharded, a copy gathered on the first process."""
@@ -363,6 +356,17 @@ def _check_preset(config: EditorConfig, transformer: VAREditTransformer) -> None
                 f"config field preset is {config.preset}, with {name} {value}, but the model in start has "
                 f"{transformer.config[name]}; name its own preset, or none"
             )
+
+
+def _sampling(config: EditorConfig) -> dict[str, float]:
+    """Guidance scale, temperature and top-p of the model that the training starts from, or of its preset."""
+    names = ("guidance_scale", "temperature", "top_p")
+    index = Path(config.start or "", "model_index.json")
+    if config.start and index.is_file():
+        values = json.loads(index.read_text(encoding="utf-8"))
+        return {name: values[name] for name in names if name in values}
+    preset = PRESETS.get(config.preset or "")
+    return {name: getattr(preset, name) for name in names} if preset else {}
 
 
 def _check_sizes(config: EditorConfig, transformer: VAREditTransformer, tokenizer: VAREditImageTokenizer) -> None:
