@@ -34,7 +34,7 @@ from varedit.data.features import load_text_encoder
 from varedit.data.synthetic import Pair, World
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
-from varedit.model_folder import forget_origin
+from varedit.model_folder import forget_origin, written_whole
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline, load_pipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
 from varedit.runtime import computes_bfloat16
@@ -311,10 +311,10 @@ def build_pipeline(run: Path) -> VAREditPipeline:
 
 def ship(pipeline: VAREditPipeline, output: Path) -> None:
     """Write a model folder in bfloat16."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, written_whole(output) as partial:
         pipeline.save_pretrained(folder)
-        VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(output)
-    forget_origin(output)
+        VAREditPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(partial)
+        forget_origin(partial)
 
 
 @app.command()
