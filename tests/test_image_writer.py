@@ -71,7 +71,8 @@ def test_the_format_argument_beats_the_suffix(tmp_path):
 
 
 def test_unsupported_formats_are_refused_naming_the_supported(tmp_path):
-    for name in ("out.gif", "out.txt", "out"):
+    one_line_error(lambda: save_image(photo(8, 8), tmp_path / "out"), "has no suffix", "out.png")
+    for name in ("out.gif", "out.txt"):
         one_line_error(lambda name=name: save_image(photo(8, 8), tmp_path / name), "not supported", ".png", ".jpg")
     one_line_error(lambda: encode_image(photo(8, 8), "gif"), "'gif'", ".webp")
     assert os.listdir(tmp_path) == []
@@ -178,7 +179,7 @@ def test_a_symbolic_link_stays_one(tmp_path):
 def test_unwritable_outputs_are_refused_before_and_at_saving(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     cases = {
-        tmp_path: "not supported",
+        tmp_path: "is a folder",
         tmp_path / "missing" / "out.png": "does not exist",
         tmp_path / "file" / "out.png": "does not exist",
         tmp_path / ("long" * 100 + ".png"): "another path",
