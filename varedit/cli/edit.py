@@ -47,7 +47,7 @@ def edit(  # noqa: PLR0913 - one argument an option
     change_map: Annotated[
         Path | None, typer.Option(help="Write a picture of where the edit changed something.", show_default=False)
     ] = None,
-    best_of: Annotated[int, typer.Option(help="Try so many seeds and keep the best.")] = 1,
+    best_of: Annotated[int, typer.Option(help="Try so many seeds and keep the best; not at temperature 0.")] = 1,
     no_manifest: Annotated[
         bool, typer.Option("--no-manifest", help="Leave out how the edit was made; it cannot be replayed then.")
     ] = False,
