@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny_networks
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -18,31 +19,14 @@ def picture(seed, size=(64, 48)):
     return np.asarray(small.resize(size, Image.Resampling.BICUBIC))
 
 
-@pytest.fixture(scope="module")
-def tiny_clip():
-    from transformers import CLIPConfig, CLIPModel
-
-    from varedit.testing import tiny_text_encoder
-
-    torch.manual_seed(0)
-    tokenizer, _ = tiny_text_encoder()
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = tower | {"vocab_size": 258, "max_position_embeddings": 24, "eos_token_id": 1, "bos_token_id": 0}
-    config = CLIPConfig(
-        text_config=text | {"pad_token_id": 0}, vision_config=tower | {"image_size": 32, "patch_size": 16},
-        projection_dim=8,
-    )  # fmt: skip
-    return Clip(CLIPModel(config).eval(), tokenizer)
+@pytest.fixture(scope="module", name="tiny_clip")
+def _tiny_clip() -> Clip:
+    return tiny_networks.tiny_clip()
 
 
-@pytest.fixture(scope="module")
-def tiny_vit():
-    from transformers import ViTConfig, ViTModel
-
-    torch.manual_seed(1)
-    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                       image_size=32, patch_size=16)  # fmt: skip
-    return ViTModel(config, add_pooling_layer=False).eval()
+@pytest.fixture(scope="module", name="tiny_vit")
+def _tiny_vit():
+    return tiny_networks.tiny_vit()
 
 
 def test_background_averages_over_the_whole_frame():

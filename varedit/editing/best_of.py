@@ -174,11 +174,11 @@ def _evidence(pipeline: VAREditPipeline, result: EditResult) -> float:
         margin_BlC = (logits_BlC2[..., 1] - logits_BlC2[..., 0]).float()
         bits_BChw = part.permute(2, 0, 1)[None].to(device, torch.bool)
         bits_BlC = quantizer.patchify(bits_BChw.float(), patch_size) > 0.5
-        log_p_BlC = F.logsigmoid(torch.where(bits_BlC, margin_BlC, -margin_BlC)).double()
+        log_p_BlC = F.logsigmoid(torch.where(bits_BlC, margin_BlC, -margin_BlC)).cpu().double()  # MPS has no float64
         gain_1lC = log_p_BlC[:1] - log_p_BlC[1:]
         if mask_HW is not None:
             free_hw = free_cells(token_coverage(mask_HW, schedule, scale, patch_size), schedule, scale)
-            gain_1lC = gain_1lC * quantizer.patchify(free_hw.to(device).float().expand_as(bits_BChw), patch_size)
+            gain_1lC = gain_1lC * quantizer.patchify(free_hw.float().expand_as(bits_BChw), patch_size)
         total += float(gain_1lC.sum())
         canvas = quantizer.accumulate(canvas, bits_BChw)
     return total / schedule.offsets[-1]

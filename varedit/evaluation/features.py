@@ -148,15 +148,15 @@ class Clip:
 
 
 def _pooled(output: Any) -> Tensor:
-    """transformers 5 wraps the embedding, earlier versions return it."""
-    return getattr(output, "pooler_output", output)[0].float()
+    """transformers 5 wraps the embedding, earlier versions return it. On the CPU: MPS has no float64 for what follows."""
+    return getattr(output, "pooler_output", output)[0].float().cpu()
 
 
 @torch.no_grad()
 def dino_embedding(model: Any, picture: np.ndarray) -> Tensor:
     """The class token (D,) of a ViT."""
     pixels = dino_pixels(picture).to(model.device, model.dtype)
-    return model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[0, 0].float()
+    return model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[0, 0].float().cpu()
 
 
 @torch.no_grad()
@@ -230,7 +230,7 @@ class Backbones:
             ) from error
         with _weights_only():
             metric = _load(lambda _: LearnedPerceptualImagePatchSimilarity(net_type="squeeze"), "squeeze", self.device)
-        return lambda first, second: float(metric(first, second))
+        return lambda first, second: float(metric(first.to(self.device), second.to(self.device)))
 
     def protocol(self, role: str) -> dict[str, str]:
         """What of a network belongs to the protocol: its name and how pictures are prepared for it."""
