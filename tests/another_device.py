@@ -1,8 +1,8 @@
 """A device that no machine has, to see without a graphics card that nothing stays behind when a model moves to one.
 
 A tensor on it holds an ordinary one. As on CUDA, operations refuse tensors of two devices and random numbers of another
-one; they compute what the CPU computes, so that results can be compared. Like MPS it has no float64, if asked. It knows
-nothing of memory, streams, autocast, or kernels that a device lacks.
+one; they compute what the CPU computes, so that results can be compared. It can lack what MPS lacks. It knows nothing
+of memory, streams, autocast, or speed.
 
 `test_devices.py` runs this in a process of its own, since PyTorch registers a device once and for all:
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
 from torch import Tensor
@@ -97,7 +98,7 @@ def is_elsewhere(device: torch.device | str | None) -> bool:
     return device is not None and torch.device(device).type == ELSEWHERE.type
 
 
-def compute(operation, args: tuple, kwargs: dict, float64: bool = True):
+def compute(operation, args: tuple, kwargs: dict, like_mps: bool = False):
     """One operation of PyTorch: look where its tensors are, compute, and put the result where it belongs."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [isinstance(tensor, TensorElsewhere) for tensor in tensors]
@@ -121,23 +122,33 @@ def compute(operation, args: tuple, kwargs: dict, float64: bool = True):
         return args[0]
     if not (is_elsewhere(device) if device is not None else any(there)):
         return result
-    if not float64 and any(leaf.dtype == torch.float64 for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
-        raise TypeError(f"{operation}: this device has no float64")
+    if like_mps:
+        uneven = operation is aten._adaptive_avg_pool2d.default and any(
+            n % m for n, m in zip(args[0].shape[2:], args[1])
+        )
+        shift = "shift" in str(operation)
+        float64 = any(leaf.dtype == torch.float64 for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        if uneven or shift or float64:
+            raise TypeError(f"{operation}: this device cannot, or it would be wrong")
     wrapped = tree_map(lambda x: TensorElsewhere(x) if isinstance(x, Tensor) else x, result)
     return return_and_correct_aliasing(operation, args, kwargs, wrapped)
 
 
 class Operations(TorchDispatchMode):
-    def __init__(self, float64: bool) -> None:
+    def __init__(self, like_mps: bool) -> None:
         super().__init__()
-        self.float64 = float64
+        self.like_mps = like_mps
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        return compute(operation, args, kwargs or {}, self.float64)
+        return compute(operation, args, kwargs or {}, self.like_mps)
 
 
 class Functions(TorchFunctionMode):
-    """What does not come to `Operations`: tensors of Python values, and whose a generator is."""
+    """What does not come to `Operations`: tensors of Python values, whose a generator is, and masks of attention."""
+
+    def __init__(self, like_mps: bool) -> None:
+        super().__init__()
+        self.like_mps = like_mps
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -147,17 +158,21 @@ class Functions(TorchFunctionMode):
             there = any(isinstance(tensor, TensorElsewhere) for tensor in tensors) or is_elsewhere(device)
             if is_elsewhere(generator.device) != there:
                 raise RuntimeError(f"{function}: the generator is of another device")
+        mask = kwargs.get("attn_mask") if function is F.scaled_dot_product_attention else None
+        if self.like_mps and isinstance(mask, TensorElsewhere):
+            if tuple(mask.shape) != (*args[0].shape[:3], args[1].shape[2]):
+                raise TypeError("attention under a broadcast mask would be wrong on this device")
         if function in (torch.tensor, torch.as_tensor) and is_elsewhere(device):
             return function(*args, **(kwargs | {"device": None})).to(device)
         return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def elsewhere(float64: bool = True) -> Iterator[torch.device]:
-    """The device is there: `.to(device)`, `torch.zeros(..., device=device)`; perhaps without float64."""
+def elsewhere(like_mps: bool = False) -> Iterator[torch.device]:
+    """The device is there: `.to(device)`, `torch.zeros(..., device=device)`; see `runtime.computes_everything`."""
     usual, torch.Generator = torch.Generator, Generator
     try:
-        with Functions(), Operations(float64):
+        with Functions(like_mps), Operations(like_mps):
             yield ELSEWHERE
     finally:
         torch.Generator = usual
@@ -216,7 +231,7 @@ def edits(folder: Path) -> None:
 
     pipeline = tiny_pipeline()
     expected = all_of(pipeline)
-    with elsewhere(float64=False) as device:
+    with elsewhere(like_mps=True) as device:
         found = all_of(pipeline.to(device))
     for array, wanted in zip(found, expected, strict=True):
         assert np.allclose(array, wanted, rtol=0, atol=0 if array.dtype == np.uint8 else 1e-6)
@@ -237,6 +252,7 @@ def scores(folder: Path) -> None:
 
     def all_of(device: torch.device) -> list[float]:
         clip = tiny_clip()
+        clip.model.set_attn_implementation("eager")  # how transformers attends on MPS is not our affair
         clip, vit = Clip(clip.model.to(device), clip.tokenizer), tiny_vit().to(device)
         images, texts = [clip.image(first), clip.image(second)], [clip.text("a cat"), clip.text("a dog")]
         looks = [dino_embedding(vit, picture) for picture in (first, second)]
@@ -248,7 +264,7 @@ def scores(folder: Path) -> None:
         return encoder.encode(encoder.read(record), record.instructions)
 
     cpu = torch.device("cpu")
-    with elsewhere(float64=False) as device:
+    with elsewhere(like_mps=True) as device:
         found, features = all_of(device), stored(device)
     assert np.allclose(found, all_of(cpu), rtol=1e-5) and features == stored(cpu)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varedit.runtime import computes_everything
 from varedit.scales import Grid, ScaleSchedule
 
 
@@ -57,7 +58,7 @@ def resize_area(features_BChw: Tensor, grid: Grid) -> Tensor:
     if features_BChw.shape[-2:] == grid:
         return features_BChw
     device = features_BChw.device
-    if device.type == "mps":  # pools to grids that divide evenly only; 8 -> 6 is none
+    if not computes_everything(device):  # 8 -> 6 does not divide evenly
         return F.adaptive_avg_pool2d(features_BChw.cpu(), grid).to(device)
     return F.adaptive_avg_pool2d(features_BChw, grid)
 

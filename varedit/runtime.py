@@ -5,6 +5,16 @@ from functools import lru_cache
 import torch
 
 
+def computes_everything(device: torch.device | str) -> bool:
+    """Whether a device has every operation that is used here, with right results, as CPUs and CUDA do.
+
+    MPS has no float64 and pools to grids that divide evenly only; versions of PyTorch up to 2.12 silently shift
+    64-bit integers and attend under broadcast masks wrongly on it. There such operations are computed on the CPU where
+    they are small, and of simpler ones where they are not.
+    """
+    return torch.device(device).type in ("cpu", "cuda", "meta")
+
+
 @lru_cache(maxsize=8)
 def computes_bfloat16(device: torch.device | str) -> bool:
     """Whether a device computes bfloat16 about as fast as float32, or faster.

@@ -6,6 +6,8 @@ Everything here is a pure function. Each bit is its own two-way choice, so top-p
 import torch
 from torch import Tensor
 
+from varedit.runtime import computes_everything
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -41,6 +43,8 @@ def random_uniform(seeds_B: Tensor, scale: int, num_tokens: int, num_bits: int) 
         float32 (B, num_tokens, num_bits).
     """
     device = seeds_B.device
+    if not computes_everything(device):
+        return random_uniform(seeds_B.cpu(), scale, num_tokens, num_bits).to(device)
     stream_B = _mix(_mix(seeds_B.to(torch.int64) * _signed(_GOLDEN)) + _signed((scale + 1) * _GOLDEN))
     counter = torch.arange(1, num_tokens * num_bits + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
     hashed = _mix(stream_B[:, None] + counter[None, :])

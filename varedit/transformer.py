@@ -21,6 +21,7 @@ from varedit._diffusers import VAREditModel
 from varedit.cache import KeyValueCache
 from varedit.positions import POSITION_LAYOUTS, Rotary, rotary_table, rotate, source_grids, token_positions
 from varedit.quantizer import resize_area
+from varedit.runtime import computes_everything
 from varedit.scales import ScaleSchedule
 
 CONDITIONINGS = ("sar", "finest", "full")
@@ -95,13 +96,15 @@ def attention_mask(schedule: ScaleSchedule, conditioning: str, aligned: bool, de
 
 def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention, (B, N, Q, E). `mask` is bool, broadcastable to (B, N, Q, K), True = may see."""
-    short_training = torch.is_grad_enabled() and k_BNKE.shape[2] < _SHORT_SEQUENCE
-    if mask is not None and short_training and q_BNQE.device.type == "cpu":
+    kind = q_BNQE.device.type
+    short_training = kind == "cpu" and torch.is_grad_enabled() and k_BNKE.shape[2] < _SHORT_SEQUENCE
+    if mask is not None and (short_training or not computes_everything(kind)):
         # On the CPU the backward pass of the fused kernel with a mask is slower than plain operations. Float32: a
         # logit scale of up to 100 leaves no digits in bfloat16.
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(kind, enabled=False):
             logits = (q_BNQE.float() * scale) @ k_BNKE.float().transpose(2, 3)
-        hidden = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)  # adding it is cheaper than filling the logits
+        hidden = torch.zeros(mask.shape, device=mask.device)
+        hidden.masked_fill_(~mask, -math.inf)  # adding it is cheaper than filling the logits
         return (logits + hidden).softmax(-1).to(v_BNKE.dtype) @ v_BNKE
     return F.scaled_dot_product_attention(q_BNQE, k_BNKE, v_BNKE, attn_mask=mask, scale=scale)
 

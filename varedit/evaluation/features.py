@@ -148,7 +148,7 @@ class Clip:
 
 
 def _pooled(output: Any) -> Tensor:
-    """transformers 5 wraps the embedding, earlier versions return it. On the CPU: MPS has no float64 for what follows."""
+    """transformers 5 wraps the embedding, earlier versions return it. On the CPU, since MPS has no float64."""
     return getattr(output, "pooler_output", output)[0].float().cpu()
 
 
