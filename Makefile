@@ -6,7 +6,7 @@
 #   make lint    ruff and mypy
 #   make bench   measure edits and conversion, and write benchmarks/results/
 #
-# A try of your own: make edit INSTRUCTION="blur the picture" SEED=3
+# A try of your own: make edit INSTRUCTION="make it night" SEED=3
 
 PYTHON ?= python3
 VENV := .venv

@@ -8,8 +8,8 @@ Random weights cost what trained ones cost. The text encoder is left out of a pr
 it adds its own pass over a dozen tokens.
 """
 
+import math
 import platform
-import resource
 import time
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +20,7 @@ import typer
 from results_page import publish
 
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.machine import peak_memory_mib
 from varedit.pipeline import ScaleStep, VAREditPipeline, default_device, load_pipeline
 from varedit.presets import PRESETS
 from varedit.runtime import computes_bfloat16
@@ -45,12 +46,6 @@ def random_pipeline(preset: str, dtype: torch.dtype, device: str) -> VAREditPipe
                 parameter.data = parameter.data.float()
             torch.nn.init.normal_(parameter, std=0.02)
     return VAREditPipeline(transformer.eval(), image_tokenizer.eval(), size=chosen.size, fit=chosen.fit)
-
-
-def peak_gib(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main(
@@ -89,7 +84,7 @@ def main(
         f"- parameters: {sum(p.numel() for p in pipeline.transformer.parameters()) / 1e9:.2f} G transformer, "
         f"{sum(p.numel() for p in pipeline.image_tokenizer.parameters()) / 1e9:.3f} G image tokenizer",
         f"- building the weights: {built:.1f} s",
-        f"- **one edit: {median[-1]:.2f} s**, peak memory {peak_gib(device):.2f} GiB",
+        f"- **one edit: {median[-1]:.2f} s**, peak memory {(peak_memory_mib() or math.nan) / 1024:.2f} GiB",
         "- seconds until each scale was done: " + ", ".join(f"{value:.2f}" for value in median[:-1]),
     ]
     publish(lines, output)

@@ -10,9 +10,9 @@ Where the machine does other work meanwhile, samples a CPU-second say what free 
 """
 
 import json
+import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +29,7 @@ from results_page import publish
 from transformers import T5Config, T5EncoderModel
 
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.machine import peak_memory_mib
 from varedit.pipeline import DEFAULT_MODEL, default_device
 from varedit.presets import PRESETS
 from varedit.runtime import computes_bfloat16
@@ -130,10 +131,9 @@ def measure(model: str, size: int, batch_size: int, precision: str, repeats: int
             loop = Loop(config, training, processes, folder / "run", resume=False)
             batches = MicroBatches(training.plan, batch_size)
             times = [timed_step(loop, batches[number]) for number in range(repeats + 1)]
-            peak = torch.cuda.max_memory_allocated() if processes.device.type == "cuda" else None
         wall, cpu = np.median(times[1:], axis=0)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
-        return Row(model, *estimated, wall, cpu, cpu / wall / torch.get_num_threads(), peak / GIB)
+        peak_gib = (peak_memory_mib() or math.nan) / 1024
+        return Row(model, *estimated, wall, cpu, cpu / wall / torch.get_num_threads(), peak_gib)
 
 
 def timed_step(loop: Loop, batch) -> tuple[float, float]:

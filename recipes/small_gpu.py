@@ -1,4 +1,4 @@
-"""The 256-pixel sibling of the default model, trained from zero on one large GPU in 30 to 60 minutes.
+"""The 256-pixel sibling of the default model, to be trained from zero on one large GPU in 30 to 60 minutes.
 
     python recipes/small_gpu.py tokenizer --run RUN --objects DIR --photos DIR    # again and again, until it is done
     python recipes/small_gpu.py editor    --run RUN --objects DIR --photos DIR    # likewise
@@ -15,7 +15,6 @@ run on a GPU yet: the numbers of steps are estimates; the log says what is left 
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +31,7 @@ from tiny_two_core_cpu import (
     DEFAULTS,
     EDITOR,
     EDITS,
+    GROUNDING_BLOCKS,
     MASK_WEIGHT,
     NAME_WEIGHT,
     SIZE,
@@ -46,6 +46,7 @@ from wall_clock import Progress
 from varedit.data.features import load_text_encoder
 from varedit.data.synthetic import World
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.machine import num_cores
 from varedit.model_folder import forget_origin
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline
 from varedit.quantizer import encode_bits, patchify, teacher_forcing
@@ -81,7 +82,7 @@ class Preset:
     tokenizer_pairs: int
     editor_steps: int
     editor_pairs: int
-    read: tuple[int, int] = (1, 3)
+    read: tuple[int, int]
     """Blocks at which `Grounding` reads the names and the change mask."""
     muon_lr: float = 0.015
 
@@ -105,6 +106,7 @@ PRESETS = {
         tokenizer_pairs=4,
         editor_steps=6_000,
         editor_pairs=16,
+        read=GROUNDING_BLOCKS,
     ),
     "check": Preset(
         size=128,
@@ -198,7 +200,7 @@ def _as_it_is(batch: PairBatch) -> PairBatch:
 
 
 def loader(dataset: Pairs, num_workers: int | None) -> Iterator[PairBatch]:
-    count = max(1, len(os.sched_getaffinity(0)) - 1) if num_workers is None else num_workers
+    count = max(1, num_cores() - 1) if num_workers is None else num_workers
     options = {"prefetch_factor": 3} if count else {}
     pinned = torch.cuda.is_available()
     return iter(

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varedit import machine
 from varedit.cli import main
-from varedit.evaluation import generate as generation
 from varedit.evaluation.benchmarks import load
 from varedit.evaluation.cases import Benchmark, Case
 from varedit.evaluation.editors import EditFailed, Editor, VAREditEditor, make_editor
 from varedit.evaluation.features import Backbones
-from varedit.evaluation.generate import case_seed, generate, peak_memory_mib, read_manifest, result_path
+from varedit.evaluation.generate import case_seed, generate, read_manifest, result_path
 from varedit.evaluation.scores import score
+from varedit.machine import peak_memory_mib
 
 
 class Counting(Editor):
@@ -179,7 +180,7 @@ def test_peak_memory_is_of_where_the_editor_works(monkeypatch):
     assert peak_memory_mib() > 50 and peak_memory_mib("elsewhere") is None
     code = (  # in a process without other children, and small: a child counts as much until it runs its own program
         "import subprocess, sys\n"
-        "from varedit.evaluation.generate import peak_memory_mib\n"
+        "from varedit.machine import peak_memory_mib\n"
         "before = peak_memory_mib('children')\n"
         "subprocess.run([sys.executable, '-c', 'x = bytearray(100 * 2**20)'], check=True)\n"
         "print(before, peak_memory_mib('children'))"
@@ -187,7 +188,7 @@ def test_peak_memory_is_of_where_the_editor_works(monkeypatch):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before == 0 and 100 <= after <= 250
-    monkeypatch.setattr(generation, "resource", None)  # as on Windows
+    monkeypatch.setattr(machine, "resource", None)  # as on Windows
     assert peak_memory_mib() is None and peak_memory_mib("children") is None
 
 

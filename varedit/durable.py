@@ -42,6 +42,12 @@ def write_together(files: dict[Path, bytes]) -> None:
         flush_folder(folder)
 
 
+def flush_file(path: Path) -> None:
+    """Bring to the disk what another program, or a library, has written to a file."""
+    with open(path, "rb+") as file:  # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut. Windows cannot open folders and needs no such step."""
     if os.name == "nt":

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,10 +39,11 @@ def written_whole(output: Path) -> Iterator[Path]:
 def in_its_place(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place at the end, or vanishes on any error."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    parent = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    parent = output.parent / f".{output.name}.{secrets.token_hex(8)}"
+    parent.mkdir()  # unlike mkdtemp's, with the usual permissions
     try:
         folder = parent / "new"
-        folder.mkdir()  # unlike mkdtemp's, with the usual permissions
+        folder.mkdir()
         yield folder
         for path in folder.rglob("*"):
             if path.is_file():  # safetensors writes files that their owner alone can read

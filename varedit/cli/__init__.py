@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a file's name need not be text: the edit is done when it is printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=arguments, prog_name="varedit", standalone_mode=False)
+        # Of one's own accord typer would expand * and $NAME on Windows, in instructions too.
+        code = app(args=arguments, prog_name="varedit", standalone_mode=False, windows_expand_args=False)
     except _UsageError as error:
         reason = error.format_message().rstrip(".")  # type: ignore[attr-defined]
         code = _fail(f"{reason}; see varedit --help") if reason else 2  # none where the help was all that was wanted

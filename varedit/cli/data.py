@@ -19,7 +19,7 @@ def synth(
     seed: Annotated[int, typer.Option(help="Same seed, same pairs.")] = 0,
     objects: Annotated[
         Path | None,
-        typer.Option(help="Folder of cut-outs with names.json.", show_default="the system's emoji font, if any"),
+        typer.Option(help="Folder of cut-outs with names.json.", show_default="Noto emoji, if installed; else shapes"),
     ] = None,
     photos: Annotated[
         Path | None, typer.Option(help="Folder of photographs with index.jsonl.", show_default="drawn backgrounds")

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import time
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from varedit import __version__
+from varedit.machine import num_cores
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
         "varedit": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "memory_gib": memory,
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "devices": devices,

@@ -16,7 +16,9 @@ GuidanceScale = Annotated[
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likelier bit.", show_default=_MODELS)]
 TopP = Annotated[float | None, typer.Option(help="Drop choices less likely than 1 - p.", show_default=_MODELS)]
-Size = Annotated[int | None, typer.Option(help="Size class: 128, 256, 512, 768 or 1024.", show_default=_MODELS)]
+Size = Annotated[
+    int | None, typer.Option(help="Size class: 128 (the default model's), 256, 512, 768 or 1024.", show_default=_MODELS)
+]
 Fit = Annotated[
     Literal["native", "square"] | None,
     typer.Option(help="Nearest aspect ratio, or a white square.", show_default=_MODELS),

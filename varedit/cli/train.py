@@ -101,8 +101,11 @@ def _train(settings: "RunConfig", output: Path, resume: bool) -> None:
     first = int(os.environ.get("RANK", 0)) == 0
     logging.getLogger("varedit").setLevel(logging.INFO if first else logging.WARNING)
 
-    from varedit.training.checkpoint import CheckpointError
-    from varedit.training.run import train
+    try:
+        from varedit.training.checkpoint import CheckpointError
+        from varedit.training.run import train
+    except ImportError as error:  # PyTorch before 2.9 has no checkpoints without pickles
+        raise ValueError(f"training needs a newer package ({error}); pip install -U 'torch>=2.9'") from error
 
     try:
         steps = train(settings, output, resume)

@@ -16,6 +16,7 @@ from typing import Any
 
 from varedit.data.faults import FaultError, Skipped
 from varedit.data.record import Encoded
+from varedit.paths import leaves_folder
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class Pictures:
             FaultError: "missing image": none or several match; "bad row": the name leaves the folder.
         """
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.name:
+        if leaves_folder(name) or not path.name:
             raise FaultError("bad row", f"path {name!r} leaves the folder: use a path relative to it")
         direct = [root / path for root in self._roots if os.path.isfile(root / path)]  # Path's raises for long names
         if len(direct) > 1:

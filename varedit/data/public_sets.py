@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -18,6 +18,7 @@ from PIL import Image
 from varedit.data.archives import Pictures
 from varedit.data.faults import FaultError, Skipped, checked_record, image_hw, text_of, texts_of
 from varedit.data.record import Encoded, Record, cut_out_mask
+from varedit.paths import leaves_folder
 
 Item = Record | Skipped
 
@@ -98,7 +99,7 @@ def parquet_files(source: str) -> list[tuple[str, Any]]:
     if "://" not in source:
         path = Path(source)
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        return [(str(file), file.open) for file in files]
+        return [(file.as_posix(), file.open) for file in files]
     import fsspec
 
     try:
@@ -382,7 +383,7 @@ def _prompt(source: Path, entry: Any) -> tuple[str, list[Any], dict[str, Any]]:
     name, numbers = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     if not isinstance(name, str) or not isinstance(numbers, list):
         raise FaultError("bad row", f"{entry!r} is not a name and its seeds")
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if leaves_folder(name):
         raise FaultError("bad row", f"path {name!r} leaves the folder: use a path relative to it")
     try:
         prompt = json.loads(text_of((source / name / "prompt.json").read_bytes(), f"{name}/prompt.json"))

@@ -302,4 +302,5 @@ def _read_folder(folder: Path) -> Iterator[Item]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in PICTURE_SUFFIXES}
+    pictures = (path for path in sorted(folder.glob("*")) if path.suffix.lower() in PICTURE_SUFFIXES)
+    return {path.stem: path for path in pictures if not path.name.startswith(".")}  # Macs' `._photo.jpg` is no photo

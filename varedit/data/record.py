@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from varedit.paths import leaves_folder
+
 INDEX = "pairs.jsonl"
 IMAGES = "images"
 _KNOWN = ("source", "target", "mask", "instructions", "edit_type", "origin", "licence")
@@ -226,7 +228,6 @@ def _read_one(row: dict[str, Any], folder: Path) -> Record:
 
 def _inside(folder: Path, name: str) -> Path:
     """The path of a picture; an index from elsewhere must not reach files outside its folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
+    if leaves_folder(name):
         raise ValueError(f"path {name!r} leaves the folder: use a path relative to it")
-    return folder / path
+    return folder / PurePosixPath(name)

@@ -80,6 +80,15 @@ class BatchOptions:
 # ---------------------------------------------------------------- the record
 
 
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """Which file it is, however it is spelled: some file systems do not tell case apart."""
+    try:
+        found = path.stat()
+    except OSError:  # there is none
+        return path.resolve()
+    return found.st_dev, found.st_ino
+
+
 def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resume: bool = False) -> list[Job]:
     """Ready the output folder and tell which jobs are still to be done. An earlier record stays, see `run_batch`.
 
@@ -90,9 +99,9 @@ def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resu
     """
     results = folder / RESULTS
     try:
-        inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path}
+        inputs = {_identity(path) for job in jobs for path in (job.image, job.mask) if path}
         for job in jobs:
-            if (folder / job.output).resolve() in inputs:
+            if _identity(folder / job.output) in inputs:
                 raise ValueError(f"output {str(folder / job.output)!r} is an input of the batch; use another folder")
         folder.mkdir(parents=True, exist_ok=True)
         # An empty one is of a batch that was refused before its first picture.

@@ -89,9 +89,10 @@ class Benchmark:
     def __post_init__(self) -> None:
         seen: set[str] = set()
         for case in self.cases:
-            if case.key in seen:
+            key = case.key.casefold()  # of results' file names, and some file systems do not tell case apart
+            if key in seen:
                 raise ValueError(f"benchmark {self.name} has two cases {case.key!r}: make the keys unique")
-            seen.add(case.key)
+            seen.add(key)
 
     def first(self, limit: int | None) -> Benchmark:
         """The first `limit` cases and, where that cuts a chain of turns, the rest of it; None keeps all.

@@ -306,7 +306,9 @@ class CommandEditor(Editor):
         source.save(values["{source}"])
         words = [_fill(word, values) for word in self.words]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=self.TIMEOUT, check=False)
+            done = subprocess.run(
+                words, capture_output=True, encoding="utf-8", errors="replace", timeout=self.TIMEOUT, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise EditFailed(f"the command did not run: {error}") from error
         if done.returncode:

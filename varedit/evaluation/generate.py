@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,11 +29,7 @@ from PIL import Image
 
 from varedit.evaluation.cases import Benchmark, Case, picture_digest, read_picture
 from varedit.evaluation.editors import EditFailed, Editor
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+from varedit.machine import peak_memory_mib
 
 logger = logging.getLogger(__name__)
 
@@ -290,23 +285,3 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
-
-
-def peak_memory_mib(place: str = "process") -> int | None:
-    """The most memory held so far, in MiB.
-
-    Args:
-        place: "process": this one, of its GPU where one is used; "children": the largest program
-            it has run, on Linux no less than this process held when it began that.
-
-    Returns:
-        None where that cannot be known: elsewhere (endpoints), and on Windows.
-    """
-    torch = sys.modules.get("torch")
-    if place == "process" and torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated() / 2**20)
-    if resource is None or place == "elsewhere":
-        return None
-    who = resource.RUSAGE_CHILDREN if place == "children" else resource.RUSAGE_SELF
-    largest = resource.getrusage(who).ru_maxrss
-    return largest // (2**20 if sys.platform == "darwin" else 1024)  # bytes there, kilobytes elsewhere

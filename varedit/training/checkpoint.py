@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from varedit.durable import flush_file, flush_folder
 from varedit.training.processes import Processes
 from varedit.training.updates import STATE, Average
 
@@ -151,9 +152,9 @@ class Checkpoints:
         files = {path.name: path.stat().st_size for path in sorted(partial.glob(_TENSORS))}
         (partial / _STATE_FILE).write_text(json.dumps({**facts, "files": files}), encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
-            _to_disk(path)
+            (flush_folder if path.is_dir() else flush_file)(path)
         os.rename(partial, self.folder / partial.name.removesuffix(_PARTIAL).removeprefix("."))
-        _to_disk(self.folder)
+        flush_folder(self.folder)
         for step in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / f"step_{step:08d}")
 
@@ -201,11 +202,3 @@ def _reason(error: BaseException) -> str:
         first = next(iter(error.failures.values()))[0]
         return " ".join(str(first).split())
     return " ".join(str(error).split())
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -61,7 +61,7 @@ class OptimizerConfig:
     """How weights are updated.
 
     Attributes:
-        name: "adamw" (the paper's), or "muon" for matrices and convolutions with AdamW for the rest.
+        name: "adamw" (Infinity's), or "muon" for matrices and convolutions with AdamW for the rest.
         lr: peak learning rate of AdamW. muon_lr: of Muon.
         betas, eps: of AdamW. The defaults are those of Infinity's recipe.
         weight_decay: of matrices; vectors, norms, embeddings and modulation tables have none.

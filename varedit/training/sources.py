@@ -13,6 +13,7 @@ from torch import nn
 from varedit import __version__
 from varedit.data.features import model_sha256, stored_facts
 from varedit.data.shards import is_packed
+from varedit.data.synthetic.sprites import emoji_font
 from varedit.data.synthetic.world import REVISION
 from varedit.training.config import DataConfig, RunConfig
 from varedit.training.data import IndexedPairs, Pairs, WorldPairs, stream_seed
@@ -58,6 +59,8 @@ def open_pairs(
         for name in ("objects", "photos"):
             place = getattr(data, name)
             facts[name] = _listing(Path(place)) if place else None
+        if not data.objects:
+            facts["emoji_font"] = emoji_font() is not None  # it decides what there is to draw
         pairs: Pairs = _open_world(config, config.seed, "train")
         held_out: Pairs | None = _open_world(config, config.seed + 1, "test") if data.validation_count else None
         facts["fingerprint"] = _digest([__version__, REVISION, facts])
@@ -155,7 +158,13 @@ def _listing(folder: Path) -> str:
     """Digest of the names and sizes of a folder's files."""
     if not folder.is_dir():
         raise ValueError(f"data folder {str(folder)!r} is not there; give one that is, or leave it out")
-    return _digest(sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file()))
+    files = (path for path in folder.rglob("*") if path.is_file() and not _is_systems_own(path))
+    return _digest(sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files))
+
+
+def _is_systems_own(path: Path) -> bool:
+    """Whether a file manager put it there: looking at a folder does not change its pictures."""
+    return path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def _digest(value: Any) -> str:

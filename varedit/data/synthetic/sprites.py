@@ -58,7 +58,7 @@ class SpriteSource:
     def __init__(self, folder: Path | None, pixels: int) -> None:
         self.pixels = pixels
         self.folder = folder
-        self.font = None if folder else _emoji_font()
+        self.font = None if folder else emoji_font()
         self.by_name: dict[str, list[Cutout]] = {}
         self._masters: dict[str, Image.Image] = {}
         self._saturated: dict[str, float] = {}
@@ -133,9 +133,9 @@ class SpriteSource:
         return share
 
 
-def _emoji_font() -> ImageFont.FreeTypeFont | None:
+def emoji_font() -> ImageFont.FreeTypeFont | None:
     try:
         return ImageFont.truetype(FONT_FILE, FONT_PIXELS)
     except OSError:
-        logger.info("no %s found: the procedural world draws shapes only", FONT_FILE)
+        logger.warning("no %s found: the procedural world draws shapes only", FONT_FILE)
         return None
