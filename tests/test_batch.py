@@ -52,6 +52,7 @@ def pictures(tmp_path_factory):
     mask.paste(255, (10, 10, 40, 60))
     mask.save(folder / "mask.png")
     (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "._wide.png").write_bytes(b"what a Mac notes about wide.png")
     rows = [
         {"image": "wide.png", "instruction": "blur", "seed": 3},
         {"image": "missing.png", "instruction": "blur"},
@@ -392,6 +393,9 @@ def test_inputs_and_side_files_are_never_outputs(jobs, pictures, options, tmp_pa
         with pytest.raises(ValueError, match=f"{name}' is an input"):
             prepare_output(pictures, [*jobs[1:], replace(jobs[0], output=name)], replace(options, overwrite=True))
     assert not (pictures / RESULTS).exists()
+    os.link(pictures / "wide.png", tmp_path / "WIDE.png")  # as where wide.png and WIDE.png are one file
+    with pytest.raises(ValueError, match="WIDE.png' is an input"):
+        prepare_output(tmp_path, [replace(jobs[0], output="WIDE.png")], replace(options, overwrite=True))
     (tmp_path / "wide.tiff.varedit.json").write_text("mine")
     with pytest.raises(ValueError, match=r"wide\.tiff\.varedit\.json' exists"):
         prepare_output(tmp_path, [replace(jobs[0], output="wide.tiff")], options)

@@ -176,6 +176,13 @@ def test_chains_go_turn_by_turn_in_a_batch(tmp_path):
         assert result_path(tmp_path, key).read_bytes() == result_path(tmp_path / "single", key).read_bytes()
 
 
+def test_keys_that_differ_in_case_alone_are_refused():
+    """Their results would be one file where the file system does not tell case apart."""
+    source = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="two cases 'cat'"):
+        Benchmark("own", (Case("Cat", "blur", source), Case("cat", "blur", source)), ())
+
+
 def test_peak_memory_is_of_where_the_editor_works(monkeypatch):
     assert peak_memory_mib() > 50 and peak_memory_mib("elsewhere") is None
     code = (  # in a process without other children, and small: a child counts as much until it runs its own program

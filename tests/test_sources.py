@@ -242,6 +242,9 @@ def test_data_that_changed_is_not_resumed(editor_config, tmp_path):
     (photos / "index.jsonl").write_text('{"file": "one.jpg"}')
     settings = editor_config("data.source=world", f"data.photos={photos}")
     open_pairs(settings, CPU, tmp_path)
+    for name in (".DS_Store", "Thumbs.db"):  # file managers put them there when somebody looks
+        (photos / name).write_bytes(b"a look")
+    open_pairs(settings, CPU, tmp_path)
     (photos / "more.jpg").write_bytes(b"more")
     with pytest.raises(ValueError, match="has changed"):
         open_pairs(settings, CPU, tmp_path)
