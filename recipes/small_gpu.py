@@ -381,25 +381,29 @@ def rounded_text_encoder(dtype: torch.dtype) -> tuple:
 
 
 class Text:
-    """The frozen text encoder. Nothing is remembered, so that a resumed run rounds alike."""
+    """The frozen text encoder. What is remembered was encoded alone, so that a resumed run rounds alike."""
 
     def __init__(self, device: torch.device, max_tokens: int) -> None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.tokenizer, encoder = rounded_text_encoder(dtype)
         self.encoder, self.max_tokens = encoder.to(device), max_tokens
+        self._names: dict[str, Tensor] = {}
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        text_BTF, mask_BT = pad_text(self._states(prompts))
+        text_BTF, mask_BT = pad_text(self._states(prompts, batch_size=64))
         return text_BTF.float(), mask_BT
 
     def names(self, phrases: list[str]) -> Tensor:
         """Embeddings of phrases, float32 (P, F); one row of zeros where there are none."""
         if not phrases:
             return torch.zeros(1, self.encoder.config.hidden_size, device=self.encoder.device)
-        return phrase_embeddings(self._states(phrases))
+        new = [phrase for phrase in phrases if phrase not in self._names]
+        if new:
+            self._names |= zip(new, phrase_embeddings(self._states(new, batch_size=1)))
+        return torch.stack([self._names[phrase] for phrase in phrases])
 
-    def _states(self, prompts: list[str]) -> list[Tensor]:
-        return encode_prompts(prompts, self.tokenizer, self.encoder, self.max_tokens, batch_size=64)
+    def _states(self, prompts: list[str], batch_size: int) -> list[Tensor]:
+        return encode_prompts(prompts, self.tokenizer, self.encoder, self.max_tokens, batch_size)
 
 
 # -- what comes out --

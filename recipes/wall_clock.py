@@ -27,7 +27,7 @@ class Progress:
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.step, self.elapsed, self.samples = 0, 0.0, 0
         if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
             if outline(state) != outline(self.state()):
                 raise typer.BadParameter(f"{self.path} is of another model or recipe; take another folder as --run")
             model.load_state_dict(state["model"])

@@ -6,7 +6,7 @@ of memory, streams, autocast, or speed.
 
 `test_devices.py` runs this in a process of its own, since PyTorch registers a device once and for all:
 
-    python tests/another_device.py edits scores training tokenizer gpu_recipe
+    python tests/another_device.py edits offload scores training tokenizer gpu_recipe
 """
 
 import contextlib
@@ -61,7 +61,11 @@ class TensorElsewhere(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> "TensorElsewhere":
+    def __new__(cls, held: Tensor, requires_grad: bool = False) -> Tensor:
+        # Offload makes weights of the class of those before, which may have been on another device.
+        if held.is_meta:
+            return torch.nn.Parameter(held, requires_grad)
+        held = held.held if isinstance(held, TensorElsewhere) else held
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
         tensor = Tensor._make_wrapper_subclass(cls, held.size(), device=ELSEWHERE, **layout)
         tensor.held = held
@@ -238,6 +242,33 @@ def edits(folder: Path) -> None:
     assert previews
 
 
+def offload(folder: Path) -> None:
+    """Weights in main memory, on the device for a call: what calls the parts of a model must bring them there."""
+    from varedit.editing.best_of import best_of
+    from varedit.editing.edit import apply_edit
+    from varedit.inspection import inspect_attention
+    from varedit.testing import tiny_pipeline
+
+    picture = np.random.default_rng(0).integers(0, 256, (100, 140, 3), np.uint8)
+
+    def all_of(pipeline) -> list[np.ndarray]:
+        inspection = inspect_attention(pipeline, picture, "blur it", seed=5)
+        images = [apply_edit(pipeline, picture, "blur it", seed=3).image, inspection.result]
+        images += [candidate.result.image for candidate in best_of(pipeline, picture, "blur it", 2, seed=4)]
+        return [np.asarray(image) for image in images] + [
+            part.weights_lK.numpy() for block in inspection.maps for part in block
+        ]
+
+    expected = all_of(tiny_pipeline())
+    for way in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        with elsewhere() as device:
+            pipeline = tiny_pipeline()
+            getattr(pipeline, way)(device=device)
+            found = all_of(pipeline)
+        for array, wanted in zip(found, expected, strict=True):
+            assert np.allclose(array, wanted, rtol=0, atol=0 if array.dtype == np.uint8 else 1e-6), way
+
+
 def scores(folder: Path) -> None:
     """Scores of networks, and stored features, as on the CPU."""
     from tiny_networks import tiny_clip, tiny_vit
@@ -356,7 +387,8 @@ def gpu_recipe(folder: Path) -> None:
 
 
 TRIED: dict[str, Callable[[Path], None]] = {
-    "edits": edits, "scores": scores, "training": training, "tokenizer": tokenizer, "gpu_recipe": gpu_recipe
+    "edits": edits, "offload": offload, "scores": scores, "training": training, "tokenizer": tokenizer,
+    "gpu_recipe": gpu_recipe,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -280,12 +280,23 @@ def test_bad_instruction(instruction, varedit, model_folder, photo, tmp_path):
     assert list(tmp_path.iterdir()) == [photo]
 
 
-def test_a_full_device_is_one_line(varedit, photo, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has none"), "CUDA out of memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB). Tried to allocate 2 GB"), "MPS backend out of"),
+        (
+            RuntimeError("[enforce fail at a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            "not enough",
+        ),
+    ],
+)
+def test_a_full_device_is_one_line(varedit, photo, monkeypatch, error, short):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has none")
+        raise error
 
     monkeypatch.setattr(edit_module, "load_model", full)
-    varedit("edit", photo, "blur").assert_refused("CUDA out of memory: take a smaller size", "--device cpu")
+    varedit("edit", photo, "blur").assert_refused(short, ": take a smaller size", "--device cpu")
 
 
 def test_a_proxy_that_refuses_is_one_line(photo):

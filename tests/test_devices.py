@@ -24,7 +24,7 @@ def run_elsewhere(*names: str) -> None:
 
 
 def test_edits_and_scores_are_the_same_on_another_device():
-    run_elsewhere("edits", "scores")
+    run_elsewhere("edits", "offload", "scores")
 
 
 @pytest.mark.slow

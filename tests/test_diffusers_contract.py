@@ -364,6 +364,15 @@ def test_sequential_offload_changes_nothing(expected: VAREditOutput):
         assert same_edit(edit(pipeline), expected)
 
 
+def test_offload_that_cannot_work_is_refused():
+    """Group offload and `device_map="auto"` hook the forward of parts that we call by other names."""
+    transformer = tiny_pipeline().transformer
+    with pytest.raises(ValueError, match="group offloading"):
+        transformer.enable_group_offload(torch.device("cpu"))
+    with pytest.raises(ValueError, match="device_map"):
+        transformer._get_no_split_modules("auto")
+
+
 # -- LoRA ----------------------------------------------------------------------------------------------------------
 
 

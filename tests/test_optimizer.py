@@ -41,6 +41,26 @@ def test_a_step_has_unit_rms_singular_values_times_the_learning_rate():
     assert values.min() > 0.06 and values.max() < 0.13
 
 
+def test_matrices_of_one_shape_are_updated_as_each_alone(monkeypatch):
+    shapes = [(24, 40), (24, 40), (40, 24), (24, 5, 8), (24, 40)]
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+
+    def stepped(together: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("varedit.training.optimizer._TOGETHER", together)
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient.clone()
+        Muon(parameters, lr=0.1).step()
+        return [parameter.detach() for parameter in parameters]
+
+    alone = stepped(1)
+    for together in (2 * 24 * 40, 1 << 22):
+        for one, other in zip(stepped(together), alone):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+    assert all(not torch.equal(one, value) for one, value in zip(alone, start))
+
+
 def test_weight_decay_shrinks_towards_zero():
     parameter = nn.Parameter(torch.ones(20, 20))
     parameter.grad = torch.zeros(20, 20)

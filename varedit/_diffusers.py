@@ -22,6 +22,10 @@ class VAREditModel(ModelMixin):
     uninitialised memory.
     """
 
+    # Both work through hooks on `forward` of the parts, and ours are called by other names.
+    _supports_group_offloading = False
+    _no_split_modules = None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in diffusers; raises ValueError naming the keys that are missing, extra or of another shape."""

@@ -10,6 +10,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from varedit._diffusers import VAREditModel
+from varedit.runtime import exact_convolutions
 
 
 class ResidualBlock(nn.Module):
@@ -164,9 +165,11 @@ class VAREditImageTokenizer(VAREditModel, ConfigMixin):
     @apply_forward_hook
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Image in [-1, 1], (B, 3, H, W) -> continuous features float32 (B, d, H / stride, W / stride)."""
-        return self.encoder(image_B3HW.to(self.dtype)).float()
+        with exact_convolutions():  # rounding flips the bits of features near zero
+            return self.encoder(image_B3HW.to(self.dtype)).float()
 
     @apply_forward_hook
     def decode(self, features_BChw: Tensor) -> Tensor:
         """Features or canvas (B, d, h, w) -> image float32 in [-1, 1], (B, 3, H, W)."""
-        return self.decoder(features_BChw.to(self.dtype)).float().clamp(-1, 1)
+        with exact_convolutions():
+            return self.decoder(features_BChw.to(self.dtype)).float().clamp(-1, 1)

@@ -229,7 +229,9 @@ def block_attention(
     config, attention = transformer.config, _self_attention(transformer, block)
     assert len(inputs) == schedule.num_scales + 1, "one prefill and one pass a scale"
     head_size = config.width // config.num_heads
-    device = inputs[0].device
+    weight = attention.q_bias  # under offload the weights have left the device, or are not there outside of a call
+    device = inputs[0].device if weight.is_meta else weight.device
+    inputs = [part.to(device) for part in inputs]
     source_positions, target_positions = token_positions(schedule, config.conditioning, config.position_layout)
     source_rotary = rotary_table(source_positions, head_size, device)
     target_rotary = rotary_table(target_positions, head_size, device)

@@ -25,8 +25,10 @@ def peak_memory_mib(place: str = "process") -> int | None:
         None where that cannot be known: elsewhere (endpoints), and on Windows.
     """
     torch = sys.modules.get("torch")
-    if place == "process" and torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated() / 2**20)
+    if place == "process" and torch is not None and torch.cuda.is_available():
+        used = max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+        if used:
+            return int(used / 2**20)
     if resource is None or place == "elsewhere":
         return None
     who = resource.RUSAGE_CHILDREN if place == "children" else resource.RUSAGE_SELF

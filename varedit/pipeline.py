@@ -339,6 +339,7 @@ class VAREditPipeline(DiffusionPipeline):
             bits.append(bits_BChw)
             if callback_on_scale:
                 preview = partial(self._decode, canvas_BChw, prepared)
+                canvas_BChw.flatten()[0].item()  # waits for the device
                 seconds = time.monotonic() - started
                 step = ScaleStep(scale, schedule.num_scales, schedule.grids[scale], indices, seconds, preview)
                 _notify(callback_on_scale, step)

@@ -1,8 +1,21 @@
 """What the device at hand computes well."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions of float32 keep all its digits: on newer CUDA cards PyTorch rounds to 10 bits (TF32) by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def computes_everything(device: torch.device | str) -> bool:

@@ -248,8 +248,6 @@ class VAREditTransformer(VAREditModel, ConfigMixin, PeftAdapterMixin):
 
     _supports_gradient_checkpointing = True
     _keep_in_fp32_modules = ["head", "head_modulation", "shared_modulation", "modulation_table", "log_scale"]
-    _no_split_modules = ["Block"]
-    _skip_keys = ["cache"]
 
     @register_to_config
     def __init__(

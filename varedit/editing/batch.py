@@ -386,12 +386,13 @@ class Worker:
                 records.append(self._failed(job, error))
         try:
             results = apply_edits(self.pipeline, [request for _, request in ready], self.options.settings)
+            return records + [self._save(job, result) for (job, _), result in zip(ready, results)]
         except Exception as error:  # noqa: BLE001 - see above
-            if len(ready) > 1:  # one by one: the others are not to blame
-                logger.info("%d pictures did not run together (%s): one by one", len(ready), error)
-                return records + [record for job, _ in ready for record in self([job])]
-            return records + [self._failed(job, error) for job, _ in ready]
-        return records + [self._save(job, result) for (job, _), result in zip(ready, results)]
+            if len(ready) == 1:
+                return records + [self._failed(ready[0][0], error)]
+            logger.info("%d pictures did not run together (%s): one by one", len(ready), error)
+        # The others are not to blame. Out here, where nothing holds what the failed call had in memory any more.
+        return records + [record for job, _ in ready for record in self([job])]
 
     def _save(self, job: Job, result: EditResult) -> Record:
         mask_name = job.mask.name if job.mask else None

@@ -154,9 +154,8 @@ def _evidence(pipeline: VAREditPipeline, result: EditResult) -> float:
         mask_HW = model_mask(result.area if result.box is None else result.area.crop(result.box), prepared)
     source_BSC = quantizer.patchify(tokenizer.encode(prepared.image_B3HW.to(device)), patch_size)
     source_BChw = source_BSC.transpose(1, 2).unflatten(2, schedule.finest)
-    states = encode_prompts(
-        [result.prompt], pipeline.tokenizer, pipeline.text_encoder, pipeline.transformer.config.max_text_tokens
-    )
+    max_tokens = pipeline.transformer.config.max_text_tokens
+    states = encode_prompts([result.prompt], pipeline.tokenizer, pipeline.text_encoder, max_tokens, device=device)
     text_BTF, text_mask_BT = (torch.cat([part, part]).to(device) for part in pad_text(states))
     cache = pipeline.transformer(  # first row with the instruction, second without
         schedule,

@@ -128,6 +128,11 @@ def state_sha256(pipeline: VAREditPipeline) -> str:
     for name, module in sorted(pipeline.components.items()):
         if isinstance(module, torch.nn.Module):
             for key, value in sorted(module.state_dict().items()):
+                if value.is_meta:
+                    raise ValueError(
+                        f"the weights of the {name} are offloaded one by one and cannot be identified; load the model "
+                        "from a folder without adapters, or use enable_model_cpu_offload"
+                    )
                 digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
                 digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ is kept by the process that started the batch.
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def _run(chunks: list[list[Job]], folder: Path, options: "BatchOptions") -> Iter
     if options.model is not None and Path(options.model).exists():
         options = replace(options, model=str(Path(options.model).resolve()))  # actors run in folders of their own
     on_cuda = options.device is None or options.device.startswith("cuda")
-    has_cuda = on_cuda and ray.cluster_resources().get("GPU", 0) >= options.num_workers
+    num_gpus = ray.cluster_resources().get("GPU", 0) if on_cuda else 0
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         RayWorker,
         batch_size=1,
@@ -81,7 +82,7 @@ def _run(chunks: list[list[Job]], folder: Path, options: "BatchOptions") -> Iter
         num_cpus=processors_each(
             [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]], options.num_workers
         ),
-        num_gpus=1 if has_cuda else 0,
+        num_gpus=1 / math.ceil(options.num_workers / num_gpus) if num_gpus else 0,  # of one, where workers share it
         fn_constructor_kwargs={"folder": str(folder.resolve()), "options": options},
     )
     try:

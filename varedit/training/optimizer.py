@@ -1,4 +1,4 @@
-"""Optimizers: Muon for matrices and convolutions beside AdamW for the rest, or AdamW alone (the paper's)."""
+"""Optimizers: Muon for matrices and convolutions beside AdamW for the rest, or AdamW alone (Infinity's)."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -12,20 +12,26 @@ from varedit.runtime import computes_bfloat16
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
+_TOGETHER = 1 << 22  # elements orthogonalized at once: more would cost memory and save no time
+
+
 def orthogonalize(matrix: Tensor, num_steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix by quintic Newton-Schulz iteration (Jordan et al., Muon, 2024).
 
     Computed in bfloat16, which is enough for it, where the device has that, else in float32.
+
+    Args:
+        matrix: (..., rows, columns), each its own.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrix.to(torch.bfloat16 if computes_bfloat16(matrix.device) else torch.float32)
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = x / (x.norm() + 1e-7)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(num_steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    return (x if wide else x.mT).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -44,6 +50,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
+            waiting: dict[tuple, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -52,16 +59,29 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 nesterov = parameter.grad.lerp(momentum, group["momentum"])
-                whole = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
-                update = orthogonalize(whole.flatten(1))
-                rows, columns = update.shape
-                update = update.view_as(whole)
-                if isinstance(parameter, DTensor):
-                    mesh = parameter.device_mesh
-                    update = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
-                    update = update.redistribute(placements=parameter.placements)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+                matrix = (nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov).flatten(1)
+                alike = waiting[matrix.shape, matrix.dtype, matrix.device]
+                alike.append((parameter, matrix))
+                if len(alike) * matrix.numel() >= _TOGETHER:
+                    self._update(alike, group)
+                    alike.clear()
+            for alike in waiting.values():
+                if alike:
+                    self._update(alike, group)
+
+    @staticmethod
+    def _update(alike: list[tuple[nn.Parameter, Tensor]], group: dict) -> None:
+        """One step of parameters whose matrices have one shape: together, since a GPU is slow to ask."""
+        rows, columns = alike[0][1].shape
+        updates = orthogonalize(torch.stack([matrix for _, matrix in alike]))
+        for (parameter, _), matrix in zip(alike, updates):
+            update = matrix.view(parameter.shape)
+            if isinstance(parameter, DTensor):
+                mesh = parameter.device_mesh
+                update = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
+                update = update.redistribute(placements=parameter.placements)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
 def muon_and_adamw(

@@ -287,7 +287,8 @@ class TextStates:
 
     def _alone(self, prompt: str) -> Tensor:
         if prompt not in self._remembered:
-            (self._remembered[prompt],) = encode_prompts([prompt], self.tokenizer, self.encoder, 1 << 30)
+            (states,) = encode_prompts([prompt], self.tokenizer, self.encoder, 1 << 30)
+            self._remembered[prompt] = states.cpu()  # gigabytes, for a large encoder
             if len(self._remembered) > _REMEMBERED_TEXTS:
                 self._remembered.popitem(last=False)
         return self._remembered[prompt]
