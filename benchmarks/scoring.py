@@ -27,6 +27,7 @@ from varedit.evaluation.editors import make_editor
 from varedit.evaluation.features import Backbones, Clip
 from varedit.evaluation.generate import generate
 from varedit.evaluation.scores import score
+from varedit.machine import num_cores
 from varedit.testing import tiny_text_encoder
 
 
@@ -129,7 +130,7 @@ def main(data: Path | None = None, output: Path | None = None, threads: int = os
     rows.append(scoring("score: PIE-Bench but LPIPS (CLIP ViT-L/14, DINO ViT-B/8)", pictures(4), names, pie))
     del pie
     rows += [editing(drawn.first(16), batch_size) for batch_size in (1, 8, 16)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_cores()
     load_average = f"{before:.1f} before and {os.getloadavg()[0]:.1f} after"
     lines = [
         "# Evaluation: cases a second",

@@ -204,6 +204,20 @@ def it_refuses_what_a_gpu_refuses() -> None:
             except (RuntimeError, TypeError):
                 continue
             raise AssertionError("tensors of two devices were mixed")
+    with elsewhere(like_mps=True) as device:
+        ones = torch.ones(2, 2, 8, 8, device=device)
+        for attempt in (
+            lambda: ones.double(),
+            lambda: F.adaptive_avg_pool2d(ones, 6),
+            lambda: ones.long() >> 1,
+            lambda: F.scaled_dot_product_attention(ones, ones, ones, attn_mask=ones[:, :1] > 0),
+        ):
+            try:
+                attempt()
+            except TypeError:
+                continue
+            raise AssertionError("MPS would have failed")
+        F.adaptive_avg_pool2d(ones, 4)
 
 
 def edits(folder: Path) -> None:

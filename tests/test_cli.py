@@ -285,10 +285,8 @@ def test_bad_instruction(instruction, varedit, model_folder, photo, tmp_path):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has none"), "CUDA out of memory"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB). Tried to allocate 2 GB"), "MPS backend out of"),
-        (
-            RuntimeError("[enforce fail at a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"),
-            "not enough",
-        ),
+        (RuntimeError("[a.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"), "not enough"),
+        (RuntimeError("[a.cpp:1] data. DefaultCPUAllocator: not enough memory: you tried"), "not enough"),
     ],
 )
 def test_a_full_device_is_one_line(varedit, photo, monkeypatch, error, short):

@@ -8,7 +8,7 @@ import torch
 from training_runs import CPU, rows
 
 from varedit.pipeline import load_pipeline
-from varedit.runtime import computes_bfloat16
+from varedit.runtime import computes_bfloat16, exact_convolutions
 from varedit.training import optimizer, precision
 from varedit.training.precision import autocast, in_bfloat16, report_precision
 from varedit.training.run import train
@@ -74,3 +74,13 @@ def test_slow_bfloat16_is_said(editor_config, has, caplog, monkeypatch):
     caplog.clear()
     load_pipeline(device="cpu")
     assert "slowly" not in caplog.text
+
+
+def test_convolutions_are_exact_for_a_while_only():
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    with exact_convolutions("cuda"):
+        assert switch.fp32_precision == "ieee"
+    with exact_convolutions("cpu"):
+        assert switch.fp32_precision == before
+    assert switch.fp32_precision == before

@@ -1,4 +1,4 @@
-"""Tiny networks of random weights that scores are made with, for tests. PYTEST_DONT_REWRITE: no assertion in here."""
+"""Tiny networks of random weights that scores are made with, for tests."""
 
 import torch
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel

@@ -22,9 +22,7 @@ class VAREditModel(ModelMixin):
     uninitialised memory.
     """
 
-    # Both work through hooks on `forward` of the parts, and ours are called by other names.
-    _supports_group_offloading = False
-    _no_split_modules = None
+    _supports_group_offloading = False  # it hooks the forward of parts, and ours are called by other names
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

@@ -165,11 +165,11 @@ class VAREditImageTokenizer(VAREditModel, ConfigMixin):
     @apply_forward_hook
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Image in [-1, 1], (B, 3, H, W) -> continuous features float32 (B, d, H / stride, W / stride)."""
-        with exact_convolutions():  # rounding flips the bits of features near zero
+        with exact_convolutions(self.device):  # rounding flips the bits of features near zero
             return self.encoder(image_B3HW.to(self.dtype)).float()
 
     @apply_forward_hook
     def decode(self, features_BChw: Tensor) -> Tensor:
         """Features or canvas (B, d, h, w) -> image float32 in [-1, 1], (B, 3, H, W)."""
-        with exact_convolutions():
+        with exact_convolutions(self.device):
             return self.decoder(features_BChw.to(self.dtype)).float().clamp(-1, 1)

@@ -8,22 +8,28 @@ import torch
 
 
 @contextmanager
-def exact_convolutions() -> Iterator[None]:
+def exact_convolutions(device: torch.device | str) -> Iterator[None]:
     """Convolutions of float32 keep all its digits: on newer CUDA cards PyTorch rounds to 10 bits (TF32) by default."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    switch, name, exact = torch.backends.cudnn, "allow_tf32", False
+    if hasattr(torch.backends.cudnn, "conv"):  # PyTorch since 2.9; the two switches may not be mixed
+        switch, name, exact = torch.backends.cudnn.conv, "fp32_precision", "ieee"
+    before = getattr(switch, name)
+    setattr(switch, name, exact)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        setattr(switch, name, before)
 
 
 def computes_everything(device: torch.device | str) -> bool:
     """Whether a device has every operation that is used here, with right results, as CPUs and CUDA do.
 
-    MPS has no float64 and pools to grids that divide evenly only; versions of PyTorch up to 2.12 silently shift
-    64-bit integers and attend under broadcast masks wrongly on it. There such operations are computed on the CPU where
-    they are small, and of simpler ones where they are not.
+    MPS has no float64 and pools to grids that divide evenly only; in versions of PyTorch up to 2.12 it silently gives
+    wrong results for shifts of integers and for attention under broadcast masks. There such operations are computed on
+    the CPU where they are small, and of simpler ones where they are not.
     """
     return torch.device(device).type in ("cpu", "cuda", "meta")
 

@@ -99,8 +99,8 @@ def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, mask: Tensor | None, 
     kind = q_BNQE.device.type
     short_training = kind == "cpu" and torch.is_grad_enabled() and k_BNKE.shape[2] < _SHORT_SEQUENCE
     if mask is not None and (short_training or not computes_everything(kind)):
-        # On the CPU the backward pass of the fused kernel with a mask is slower than plain operations. Float32: a
-        # logit scale of up to 100 leaves no digits in bfloat16.
+        # On the CPU the backward pass of the fused kernel with a mask is slower than plain operations; elsewhere it
+        # may be wrong under a broadcast mask. Float32: a logit scale of up to 100 leaves no digits in bfloat16.
         with torch.autocast(kind, enabled=False):
             logits = (q_BNQE.float() * scale) @ k_BNKE.float().transpose(2, 3)
         hidden = torch.zeros(mask.shape, device=mask.device)

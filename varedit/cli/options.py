@@ -64,7 +64,7 @@ def check_request(instruction: str, seed: int | None) -> None:
 def out_of_memory(error: RuntimeError) -> str | None:
     """What a device says that has no more memory, in short; None of any other error."""
     said = str(error)
-    if "can't allocate memory" in said:  # the CPU's allocator, after a line of its source
+    if "DefaultCPUAllocator" in said:  # it says so after a line of its source
         return "there is not enough memory"
     # torch's own class, which not every command loads; MPS has none.
     is_it = type(error).__name__ == "OutOfMemoryError" or "out of memory" in said

@@ -101,11 +101,14 @@ def _train(settings: "RunConfig", output: Path, resume: bool) -> None:
     first = int(os.environ.get("RANK", 0)) == 0
     logging.getLogger("varedit").setLevel(logging.INFO if first else logging.WARNING)
 
-    try:
-        from varedit.training.checkpoint import CheckpointError
-        from varedit.training.run import train
-    except ImportError as error:  # PyTorch before 2.9 has no checkpoints without pickles
-        raise ValueError(f"training needs a newer package ({error}); pip install -U 'torch>=2.9'") from error
+    import torch.distributed.checkpoint
+
+    if not hasattr(torch.distributed.checkpoint, "HuggingFaceStorageWriter"):
+        raise ValueError(
+            f"training needs PyTorch 2.9, this is {torch.__version__}; pip install -c constraints.txt '.[train]'"
+        )
+    from varedit.training.checkpoint import CheckpointError
+    from varedit.training.run import train
 
     try:
         steps = train(settings, output, resume)

@@ -16,7 +16,7 @@ from typing import Any
 
 from varedit.data.faults import FaultError, Skipped
 from varedit.data.record import Encoded
-from varedit.paths import leaves_folder
+from varedit.paths import is_hidden, leaves_folder
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def find_archives(root: Path) -> list[list[Path]]:
         folders.sort()
         for name in names:
             matched = _ARCHIVE.match(name)
-            if matched:
+            if matched and not is_hidden(Path(name)):
                 groups[Path(folder) / matched["stem"]].append((matched["part"] or "", Path(folder) / name))
     archives = []
     for stem in sorted(groups):

@@ -18,7 +18,7 @@ from PIL import Image
 from varedit.data.archives import Pictures
 from varedit.data.faults import FaultError, Skipped, checked_record, image_hw, text_of, texts_of
 from varedit.data.record import Encoded, Record, cut_out_mask
-from varedit.paths import leaves_folder
+from varedit.paths import leaves_folder, visible
 
 Item = Record | Skipped
 
@@ -98,7 +98,7 @@ def parquet_files(source: str) -> list[tuple[str, Any]]:
     """Name and opener of every parquet file of a local path or an address; sorted by name."""
     if "://" not in source:
         path = Path(source)
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        files = visible(path.rglob("*.parquet"), path) if path.is_dir() else [path]
         return [(file.as_posix(), file.open) for file in files]
     import fsspec
 
@@ -262,7 +262,7 @@ def read_seed(source: Path) -> Iterator[Item]:
     """
     folder = source if source.is_dir() else _seed_root(source)
     pictures = Pictures(folder)
-    annotations = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
+    annotations = visible(source.rglob("*.jsonl"), source) if source.is_dir() else [source]
     for annotation in annotations:
         for item in json_lines(annotation):
             if isinstance(item, Skipped):

@@ -23,6 +23,7 @@ from varedit.data.public_sets import (
 )
 from varedit.data.record import INDEX, Record
 from varedit.data.shards import is_packed, read_packed, read_released, read_shard, released_index
+from varedit.paths import visible
 
 Item = Record | Skipped
 
@@ -151,10 +152,10 @@ def _detect_folder(folder: Path) -> str | None:
         return "released-shards"
     if any(folder.glob("*.src.*")):
         return "folder"
-    annotation = next(iter(sorted(folder.rglob("*.jsonl"))), None)
+    annotation = next(iter(visible(folder.rglob("*.jsonl"), folder)), None)
     if annotation is not None and _jsonl_name(annotation) == "seed-data-edit":
         return "seed-data-edit"
-    if next(folder.rglob("*.parquet"), None) is not None:
+    if visible(folder.rglob("*.parquet"), folder):
         return _table_name(str(folder))
     return None
 
@@ -280,7 +281,7 @@ def _read_folder(folder: Path) -> Iterator[Item]:
         texts = {path.stem: path for name in ("target", "source", "text") for path in folder.glob(f"{name}/*.txt")}
     else:
         sides = {
-            role: {path.name.rpartition(f".{short}.")[0]: path for path in sorted(folder.glob(f"*.{short}.*"))}
+            role: {path.name.rpartition(f".{short}.")[0]: path for path in visible(folder.glob(f"*.{short}.*"), folder)}
             for role, short in (("source", "src"), ("target", "tgt"), ("mask", "mask"))
         }
         texts = {path.stem: path for path in folder.glob("*.txt")}
@@ -302,5 +303,4 @@ def _read_folder(folder: Path) -> Iterator[Item]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    pictures = (path for path in sorted(folder.glob("*")) if path.suffix.lower() in PICTURE_SUFFIXES)
-    return {path.stem: path for path in pictures if not path.name.startswith(".")}  # Macs' `._photo.jpg` is no photo
+    return {path.stem: path for path in visible(folder.glob("*"), folder) if path.suffix.lower() in PICTURE_SUFFIXES}

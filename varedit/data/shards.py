@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeGuard
 from varedit.data.archives import PICTURE_SUFFIXES, tar_members
 from varedit.data.faults import FaultError, Skipped, checked_record, text_of, texts_of
 from varedit.data.record import Encoded, Record
+from varedit.paths import visible
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,8 @@ def read_released(source: Path) -> Iterator[Item]:
     Shards lie beside the index file or in a folder below it.
     """
     folder = source if source.is_dir() else source.parent
-    indexes = sorted(folder.glob("*.txt")) if source.is_dir() else [source]
-    found = {path.name: path for path in sorted(folder.rglob("*.tar"))}
+    indexes = visible(folder.glob("*.txt"), folder) if source.is_dir() else [source]
+    found = {path.name: path for path in visible(folder.rglob("*.tar"), folder)}
     listed = [row for index in indexes for row in released_index(index) or ()]
     if not listed:
         for name in sorted(found):

@@ -86,7 +86,7 @@ def _identity(path: Path) -> tuple[int, int] | Path:
         found = path.stat()
     except OSError:  # there is none
         return path.resolve()
-    return found.st_dev, found.st_ino
+    return (found.st_dev, found.st_ino) if found.st_ino else path.resolve()  # some network drives number no files
 
 
 def prepare_output(folder: Path, jobs: list[Job], options: BatchOptions, *, resume: bool = False) -> list[Job]:

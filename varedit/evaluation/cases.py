@@ -91,7 +91,7 @@ class Benchmark:
         for case in self.cases:
             key = case.key.casefold()  # of results' file names, and some file systems do not tell case apart
             if key in seen:
-                raise ValueError(f"benchmark {self.name} has two cases {case.key!r}: make the keys unique")
+                raise ValueError(f"benchmark {self.name} has two cases {case.key!r}, in any case: make keys unique")
             seen.add(key)
 
     def first(self, limit: int | None) -> Benchmark:

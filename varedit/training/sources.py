@@ -15,6 +15,7 @@ from varedit.data.features import model_sha256, stored_facts
 from varedit.data.shards import is_packed
 from varedit.data.synthetic.sprites import emoji_font
 from varedit.data.synthetic.world import REVISION
+from varedit.paths import is_hidden
 from varedit.training.config import DataConfig, RunConfig
 from varedit.training.data import IndexedPairs, Pairs, WorldPairs, stream_seed
 from varedit.training.pair_index import check_pairs, load_entries, load_origin, pairs_origin, save_entries, scan
@@ -59,8 +60,8 @@ def open_pairs(
         for name in ("objects", "photos"):
             place = getattr(data, name)
             facts[name] = _listing(Path(place)) if place else None
-        if not data.objects:
-            facts["emoji_font"] = emoji_font() is not None  # it decides what there is to draw
+        if not data.objects and emoji_font() is None:  # on a machine that has it there would be other things to draw
+            facts["emoji_font"] = False
         pairs: Pairs = _open_world(config, config.seed, "train")
         held_out: Pairs | None = _open_world(config, config.seed + 1, "test") if data.validation_count else None
         facts["fingerprint"] = _digest([__version__, REVISION, facts])
@@ -158,13 +159,8 @@ def _listing(folder: Path) -> str:
     """Digest of the names and sizes of a folder's files."""
     if not folder.is_dir():
         raise ValueError(f"data folder {str(folder)!r} is not there; give one that is, or leave it out")
-    files = (path for path in folder.rglob("*") if path.is_file() and not _is_systems_own(path))
+    files = (path for path in folder.rglob("*") if path.is_file() and not is_hidden(path.relative_to(folder)))
     return _digest(sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files))
-
-
-def _is_systems_own(path: Path) -> bool:
-    """Whether a file manager put it there: looking at a folder does not change its pictures."""
-    return path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def _digest(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class SpriteSource:
         return share
 
 
+@lru_cache(maxsize=1)  # and one warning
 def emoji_font() -> ImageFont.FreeTypeFont | None:
     try:
         return ImageFont.truetype(FONT_FILE, FONT_PIXELS)
