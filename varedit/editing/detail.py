@@ -11,7 +11,8 @@ import numpy as np
 from scipy import ndimage
 
 from varedit.editing.change_map import ORIENTATIONS, Calibration, ChangeMap
-from varedit.editing.edit_kind import fit_tone
+from varedit.editing.edit_kind import apply_tone, fit_tone, tone_gain
+from varedit.editing.fields import add_to_diagonal, apply, blur, outer, pixels, planes, solve
 
 DETAIL = 2.0
 """Standard deviation that parts detail from tone."""
@@ -81,44 +82,41 @@ def transfer(change: ChangeMap, calibration: Calibration | None = None) -> Trans
     """
     calibration = calibration or change.calibration
     diff = change.difference
-    source, result = diff.source_HW3, diff.result_HW3
-    if change.orientation != "same":
-        source = np.ascontiguousarray(source[ORIENTATIONS[change.orientation]])
+    source, result = planes(diff.source_HW3[ORIENTATIONS[change.orientation]]), planes(diff.result_HW3)
     grey = change.kind == "global" and _made_grey(source, result)
     if grey:
-        result = _without_colour(result, axis=-1)
+        result = _without_colour(result)
     noise = np.square(calibration.noise(diff.contrast_HW))
     labels = _areas(change)
     tone, gain, trust = _tones(source, result, labels, noise)
     refined, left = _gains(source, result, gain, labels, trust, float(np.mean(noise)), diff.cell)
     if change.kind != "global":
-        size = np.sqrt(np.square(refined).sum((-1, -2)) / 3)
-        refined = refined * np.clip((size - FAINT) / (PLAIN - FAINT), 0, 1)[..., None, None]
-    expected = tone + _apply(refined - gain, _finer(source, DETAIL))
+        size = np.sqrt(np.square(refined).sum((0, 1)) / 3)
+        refined *= np.clip((size - FAINT) / (PLAIN - FAINT), 0, 1)
+    expected = tone + apply(refined - gain, _finer(source, DETAIL))
     # What the edit drew anew is taken as it is; where it only changed the tone, every offset is suspect.
     noise = noise * np.where(left < 1, np.maximum(left, 0.2), 1 + TRUSTED_NOISE * trust)
     settled = _settle(result, expected, labels, noise)
     if grey:
-        settled, refined = _without_colour(settled, axis=-1), _without_colour(refined, axis=-2)
-    return Transfer(source, settled, refined.astype(np.float32))
+        settled, refined = _without_colour(settled), _without_colour(refined)
+    return Transfer(pixels(source), pixels(settled), pixels(refined.astype(np.float32)))
 
 
 def _made_grey(source: np.ndarray, result: np.ndarray) -> bool:
     """True if what the result has of colour is the decoder's error: the edit made a coloured picture grey."""
     before, after = (
-        smooth - smooth.mean(-1, keepdims=True)
-        for smooth in (ndimage.gaussian_filter(x, (SMOOTH_COLOUR, SMOOTH_COLOUR, 0)) for x in (source, result))
+        smooth - smooth.mean(0, keepdims=True) for smooth in (blur(x, SMOOTH_COLOUR) for x in (source, result))
     )
-    energy, left = np.square(before).mean(), np.sqrt(np.square(after).mean(-1))
+    energy, left = np.square(before).mean(), np.sqrt(np.square(after).mean(0))
     if energy < COLOURED**2 or np.sqrt(np.square(left).mean()) > GREY or np.percentile(left, 99) > VIVID:
         return False
-    tint = np.square(after.mean((0, 1))).mean()
+    tint = np.square(after.mean((1, 2))).mean()
     return bool(tint <= TINT**2 and abs((before * after).mean()) <= FOLLOWS * energy)
 
 
-def _without_colour(field: np.ndarray, axis: int) -> np.ndarray:
-    """Every channel the mean of all."""
-    return np.broadcast_to(field.mean(axis, keepdims=True), field.shape).copy()
+def _without_colour(field: np.ndarray) -> np.ndarray:
+    """Every channel (the first axis) the mean of all."""
+    return np.broadcast_to(field.mean(0, keepdims=True), field.shape).copy()
 
 
 def _areas(change: ChangeMap) -> np.ndarray:
@@ -136,14 +134,18 @@ def _tones(
     """The source under each area's change of tone, unchanged elsewhere.
 
     Returns:
-        Transformed source (H, W, 3), its gain (H, W, 3, 3), and (H, W) in [0, 1] how well that explains the area.
+        Transformed source (3, H, W), its gain (3, 3, H, W), and (H, W) in [0, 1] how well that explains the area.
     """
     tone, trust = source.copy(), np.zeros(labels.shape, np.float32)
-    gain = np.broadcast_to(np.eye(3, dtype=np.float32), (*labels.shape, 3, 3)).copy()
+    gain = np.zeros((3, 3, *labels.shape), np.float32)
+    for channel in range(3):
+        gain[channel, channel] = 1
     for label in range(1, labels.max() + 1):
         inside = labels == label
-        tone[inside], gain[inside] = fit_tone(source[inside], result[inside])
-    rest = np.square(ndimage.gaussian_filter(result - tone, (DETAIL, DETAIL, 0))).mean(-1)
+        colours = source[:, inside].T
+        transform = fit_tone(colours, result[:, inside].T)
+        tone[:, inside], gain[:, :, inside] = apply_tone(transform, colours).T, tone_gain(transform, colours)
+    rest = np.square(blur(result - tone, DETAIL)).mean(0)
     for label in range(1, labels.max() + 1):
         inside = labels == label
         trust[inside] = np.clip(UNEXPLAINED - np.median(rest[inside]) / np.median(noise[inside]), 0, 1)
@@ -162,59 +164,57 @@ def _gains(
     """How much of the source's detail goes on, starting from the gain of the tone.
 
     Returns:
-        The gain, float32 (H, W, 3, 3), and how much of the finest detail the edit left, 0 to 1.
+        The gain, float32 (3, 3, H, W), and how much of the finest detail the edit left, 0 to 1.
     """
     changed = labels > 0
     ridge = noise * (1 + TRUSTED_RIDGE * trust)
     gain = _refined(gain, _finer(source, TONE), _finer(result, TONE), changed, TONE, 4 * ridge)
     detail, wanted = _finer(source, DETAIL), _finer(result, DETAIL)
-    visible = [ndimage.gaussian_filter(x, (FINE, FINE, 0)) for x in (detail, wanted)]
+    visible = [blur(x, FINE) for x in (detail, wanted)]
     ratios, left = np.ones(labels.shape, np.float32), np.ones(labels.shape, np.float32)
     for label in range(1, labels.max() + 1):
         inside = labels == label
-        expected = _apply(gain[inside], visible[0][inside])
+        own = gain[:, :, inside]
+        expected = apply(own, visible[0][:, inside])
         prior = noise * min(1, cell**2 / inside.sum())  # errors come a cell at a time
-        ratio = (np.mean(expected * visible[1][inside]) + prior) / (np.mean(np.square(expected)) + prior)
+        ratio = (np.mean(expected * visible[1][:, inside]) + prior) / (np.mean(np.square(expected)) + prior)
         left[inside] = np.clip((ratio - REMOVED) / (KEPT - REMOVED), 0, 1)
         # The decoded source has errors of its own, which draw a regression on it towards zero.
         ratios[inside] = np.clip(ratio, KEPT, 1)
-        gain[inside] *= np.clip(ratio, 1, SHARPENED)
-        rest = np.square(wanted[inside] - ratios[inside, None] * _apply(gain[inside], detail[inside])).mean()
-        share = _explained(rest, np.square(wanted[inside]).mean(), noise)
-        gain[inside] *= _trusting(np.square(share), trust[inside])[:, None, None]
-    whole = wanted / ratios[..., None]
+        own = own * np.clip(ratio, 1, SHARPENED)
+        drawn = wanted[:, inside]
+        rest = np.square(drawn - ratios[inside] * apply(own, detail[:, inside])).mean()
+        share = _explained(rest, np.square(drawn).mean(), noise)
+        gain[:, :, inside] = own * _trusting(np.square(share), trust[inside])
+    whole = wanted / ratios
+    energy = np.square(wanted).mean(0)
     for sigma in (6.0, 2.5):
         finer = _refined(gain, detail, whole, changed, sigma, ridge)
-        rest = np.square(wanted - ratios[..., None] * _apply(finer, detail)).mean(-1)
-        energy = np.square(wanted).mean(-1)
-        share = _explained(ndimage.gaussian_filter(rest, sigma), ndimage.gaussian_filter(energy, sigma), noise)
-        gain = np.where(changed[..., None, None], finer * _trusting(np.square(share), trust)[..., None, None], gain)
-    return gain * left[..., None, None], left
+        rest = np.square(wanted - ratios * apply(finer, detail)).mean(0)
+        share = _explained(blur(rest, sigma), blur(energy, sigma), noise)
+        gain = np.where(changed, finer * _trusting(np.square(share), trust), gain)
+    return gain * left, left
 
 
 def _trusting(share: np.ndarray, trust: np.ndarray) -> np.ndarray:
     return 1 - (1 - share) * (1 - trust)
 
 
-def _finer(image_HW3: np.ndarray, sigma: float) -> np.ndarray:
-    return image_HW3 - ndimage.gaussian_filter(image_HW3, (sigma, sigma, 0))
-
-
-def _apply(gain: np.ndarray, detail: np.ndarray) -> np.ndarray:
-    return np.einsum("...ij,...j->...i", gain, detail)
+def _finer(image: np.ndarray, sigma: float) -> np.ndarray:
+    return image - blur(image, sigma)
 
 
 def _refined(
     gain: np.ndarray, detail: np.ndarray, wanted: np.ndarray, changed: np.ndarray, sigma: float, ridge: np.ndarray
 ) -> np.ndarray:
     """Gains with the least squared error in windows of the changed area, drawn to the given ones by `ridge`."""
-    blur, weight = (sigma, sigma, 0, 0), changed[..., None, None].astype(np.float32)
-    moment = ndimage.gaussian_filter(weight * detail[..., :, None] * detail[..., None, :], blur)
-    cross = ndimage.gaussian_filter(weight * wanted[..., :, None] * detail[..., None, :], blur)
-    amount = ndimage.gaussian_filter(weight * np.reshape(ridge, (*np.shape(ridge), 1, 1)), blur)
-    eye = np.eye(3, dtype=np.float32)
-    solved = np.linalg.solve(moment + (amount + 1e-3) * eye, np.swapaxes(cross + (amount + 1e-3) * gain, -1, -2))
-    return np.where(weight > 0, np.swapaxes(solved, -1, -2), gain)
+    weight = changed.astype(np.float32)
+    weighed = weight * detail
+    moment = blur(outer(detail) * weight, sigma)
+    cross = blur(weighed[:, None] * wanted, sigma)  # [j, i]
+    amount = blur(weight * ridge, sigma) + np.float32(1e-3)
+    solved = solve(add_to_diagonal(moment, amount), cross + amount * gain.swapaxes(0, 1))
+    return np.where(changed, solved.swapaxes(0, 1), gain)
 
 
 def _explained(rest: np.ndarray, energy: np.ndarray, noise: float) -> np.ndarray:
@@ -232,12 +232,12 @@ def _settle(result: np.ndarray, expected: np.ndarray, labels: np.ndarray, noise:
     offset = np.zeros_like(left)
     for label in range(1, labels.max() + 1):
         inside = labels == label
-        offset[inside] = np.median(left[inside], axis=0)
+        offset[:, inside] = np.median(left[:, inside], axis=1, keepdims=True)
     for sigma in (12.0, 5.0, 2.0, 0.0):
-        step = ndimage.gaussian_filter(left - offset, (sigma, sigma, 0)) if sigma else left - offset
-        energy = ndimage.gaussian_filter(np.square(step).mean(-1), max(sigma, 1.0))
+        step = blur(left - offset, sigma) if sigma else left - offset
+        energy = blur(np.square(step).mean(0), max(sigma, 1.0))
         # Errors of neighbouring pixels come from the same cell of about 8 pixels, so averages calm down slowly.
         trust = np.maximum(1 - 1.5 * noise / (1 + sigma) / np.maximum(energy, 1e-6), 0)
-        offset += trust[..., None] * step
-    offset[labels == 0] = left[labels == 0]
+        offset += trust * step
+    offset[:, labels == 0] = left[:, labels == 0]
     return (expected + offset).astype(np.float32)

@@ -13,6 +13,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from varedit.editing.fields import add_to_diagonal, blur, outer, pixels, planes, solve, window_mean
+
 SMOOTHING = 0.1
 """Standard deviation of the filter over the signed difference, in cells: single-pixel noise cancels, edges stay."""
 
@@ -106,18 +108,13 @@ class Difference:
 
 def guided_mean(values_HW: np.ndarray, guide_HW3: np.ndarray, radius: int) -> np.ndarray:
     """Mean over a window that does not cross the edges of a colour picture (guided filter): float32 (H, W)."""
-
-    def mean(x: np.ndarray) -> np.ndarray:
-        return ndimage.uniform_filter(x, (2 * radius + 1,) * 2 + (1,) * (x.ndim - 2), mode="reflect")
-
-    guide_mean, values_mean = mean(guide_HW3), mean(values_HW)
-    covariance = mean(guide_HW3[..., :, None] * guide_HW3[..., None, :])
-    covariance -= guide_mean[..., :, None] * guide_mean[..., None, :]
-    covariance += np.float32(GUIDE_CONTRAST**2) * np.eye(3, dtype=np.float32)
-    common = mean(guide_HW3 * values_HW[..., None]) - guide_mean * values_mean[..., None]
-    slope = np.linalg.solve(covariance, common[..., None])[..., 0]
-    offset = values_mean - (slope * guide_mean).sum(-1)
-    return (mean(slope) * guide_HW3).sum(-1) + mean(offset)
+    size, guide = 2 * radius + 1, planes(guide_HW3)
+    guide_mean, values_mean = window_mean(guide, size), window_mean(values_HW, size)
+    covariance = window_mean(outer(guide), size) - outer(guide_mean)
+    common = window_mean(guide * values_HW, size) - guide_mean * values_mean
+    slope = solve(add_to_diagonal(covariance, np.float32(GUIDE_CONTRAST**2)), common)
+    offset = values_mean - (slope * guide_mean).sum(0)
+    return (window_mean(slope, size) * guide).sum(0) + window_mean(offset, size)
 
 
 def difference(
@@ -156,14 +153,14 @@ def difference(
 
 def smoothed(change_HW3: np.ndarray, sigma: float) -> np.ndarray:
     """Size of a signed difference after a Gaussian blur, root mean square over the channels: float32 (H, W)."""
-    return rms(ndimage.gaussian_filter(change_HW3, (sigma, sigma, 0)))
+    return rms(pixels(blur(planes(change_HW3), sigma)))
 
 
 def local_contrast(image_HW3: np.ndarray, size: int = 5) -> np.ndarray:
     """Standard deviation in a square window, root mean square over the channels: float32 (H, W)."""
-    mean = ndimage.uniform_filter(image_HW3, (size, size, 1))
-    variance = ndimage.uniform_filter(np.square(image_HW3 - mean), (size, size, 1))
-    return np.sqrt(np.maximum(variance.mean(-1), 0))  # a running sum may end a little below zero
+    image = planes(image_HW3)
+    variance = window_mean(np.square(image - window_mean(image, size)), size)
+    return np.sqrt(np.maximum(variance.mean(0), 0))  # a running sum may end a little below zero
 
 
 def rms(values_HWC: np.ndarray) -> np.ndarray:

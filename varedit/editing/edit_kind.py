@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from varedit.editing.difference import SMOOTHING, Calibration, Difference, local_contrast, rms, smoothed
+from varedit.editing.fields import blur, pixels, planes
 from varedit.image_reader import LoadedImage
 
 Kind = Literal["none", "local", "global"]
@@ -44,6 +45,9 @@ RIDGE = 1e-3
 
 OUTLIER = 0.05
 """Beyond this error (12 levels) a pixel is taken for changed otherwise."""
+
+NUM_ROUNDS = 6
+"""How often it is fitted anew with outliers weighing less."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ def measure(diff: Difference, hard_HW: np.ndarray, calibration: Calibration) -> 
     source, result = diff.source_HW3, diff.result_HW3
     errors, explained = {}, source
     for name, turn in ORIENTATIONS.items():
-        transformed = fit_tone(source[turn].reshape(-1, 3), result.reshape(-1, 3))[0].reshape(result.shape)
+        colours = source[turn].reshape(-1, 3)
+        transformed = apply_tone(fit_tone(colours, result.reshape(-1, 3)), colours).reshape(result.shape)
         errors[name] = float(np.abs(transformed - result).mean()) + 0.5
         explained = transformed if name == "same" else explained
     best = min(errors, key=lambda name: errors[name])
@@ -121,8 +126,7 @@ def measure(diff: Difference, hard_HW: np.ndarray, calibration: Calibration) -> 
     residual = replace(diff, pixel_HW=smoothed(result - explained, SMOOTHING * diff.cell))
     consistent = residual.evidence(untouched) < np.log(calibration.low)
     # Faint differences show once the noise of single pixels is gone.
-    wide = (diff.cell / 4, diff.cell / 4, 0)
-    change, tone = (ndimage.gaussian_filter(x - source, wide) for x in (result, explained))
+    change, tone = (pixels(blur(planes(x - source), diff.cell / 4)) for x in (result, explained))
     outside = ~ndimage.binary_dilation(hard_HW, iterations=3)
     inside = rms(change - tone) < np.maximum(0.4 * rms(change), 2 * calibration.floor)
     shift, follows = _follow(change[outside], tone[outside])
@@ -186,35 +190,38 @@ def fit_tone(source_n3: np.ndarray, result_n3: np.ndarray) -> tuple[np.ndarray, 
         source_n3, result_n3: float32, levels.
 
     Returns:
-        The transformed source, (n, 3), and the derivative at each pixel's colour, (n, 3, 3): [..., i, j] is
-        d result_i / d source_j.
+        Coefficients of the change by `_quadratic`, float32 (10, 3). Without contrast, no change.
     """
-    colours = source_n3 / np.float32(255)
-    transform = _transform(colours, result_n3 / np.float32(255))
-    red, green, blue = colours.T
-    none, one = np.zeros_like(red), np.ones_like(red)
-    slopes = np.array([
-        [none, one, none, none, 2 * red, none, none, green, none, blue],
-        [none, none, one, none, none, 2 * green, none, red, blue, none],
-        [none, none, none, one, none, none, 2 * blue, none, green, red],
-    ])  # fmt: skip
-    gain = np.eye(3, dtype=np.float32) + np.einsum("jkn,ki->nij", slopes, transform)
-    return source_n3 + 255 * (_quadratic(colours) @ transform), gain
-
-
-def _transform(colours_n3: np.ndarray, results_n3: np.ndarray, num_rounds: int = 6) -> np.ndarray:
-    """Coefficients of the change by `_quadratic`, float32 (10, 3). Without contrast, no change."""
-    step = max(1, len(colours_n3) // NUM_SAMPLES)
-    inputs = _quadratic(colours_n3[::step]).astype(np.float64)
-    change = (results_n3 - colours_n3)[::step].astype(np.float64)
+    step = max(1, len(source_n3) // NUM_SAMPLES)
+    colours_n3, results_n3 = (x[::step] / np.float32(255) for x in (source_n3, result_n3))
+    inputs = _quadratic(colours_n3).astype(np.float64)
+    change = (results_n3 - colours_n3).astype(np.float64)
     weights = np.ones((len(inputs), 1))
     ridge = RIDGE * len(inputs) * np.eye(inputs.shape[1])
-    for _ in range(num_rounds):
+    for _ in range(NUM_ROUNDS):
         weighted = (inputs * weights).T
         transform = np.linalg.solve(weighted @ inputs + ridge, weighted @ change)
         error = np.sqrt(np.square(inputs @ transform - change).mean(1, keepdims=True))
         weights = 1 / (1 + np.square(error / OUTLIER))
     return transform.astype(np.float32)
+
+
+def apply_tone(transform: np.ndarray, source_n3: np.ndarray) -> np.ndarray:
+    """Colours under a transform of `fit_tone`, (n, 3)."""
+    return source_n3 + 255 * (_quadratic(source_n3 / np.float32(255)) @ transform)
+
+
+def tone_gain(transform: np.ndarray, source_n3: np.ndarray) -> np.ndarray:
+    """Its derivative at each colour, float32 (3, 3, n): [i, j] is d result_i / d source_j."""
+    red, green, blue = (source_n3 / np.float32(255)).T
+    return np.stack([
+        np.stack([
+            np.float32(i == 0) + c[1] + 2 * c[4] * red + c[7] * green + c[9] * blue,
+            np.float32(i == 1) + c[2] + 2 * c[5] * green + c[7] * red + c[8] * blue,
+            np.float32(i == 2) + c[3] + 2 * c[6] * blue + c[8] * green + c[9] * red,
+        ])
+        for i, c in enumerate(transform.T)
+    ])  # fmt: skip
 
 
 def _quadratic(colours_n3: np.ndarray) -> np.ndarray:
