@@ -13,9 +13,8 @@ def exact_convolutions(device: torch.device | str) -> Iterator[None]:
     if torch.device(device).type != "cuda":
         yield
         return
-    switch, name, exact = torch.backends.cudnn, "allow_tf32", False
-    if hasattr(torch.backends.cudnn, "conv"):  # PyTorch since 2.9; the two switches may not be mixed
-        switch, name, exact = torch.backends.cudnn.conv, "fp32_precision", "ieee"
+    new = getattr(torch.backends.cudnn, "conv", None)  # PyTorch since 2.9; the two switches may not be mixed
+    switch, name, exact = (new, "fp32_precision", "ieee") if new else (torch.backends.cudnn, "allow_tf32", False)
     before = getattr(switch, name)
     setattr(switch, name, exact)
     try:

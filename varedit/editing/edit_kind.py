@@ -183,7 +183,7 @@ def _tiles(values_HW: np.ndarray) -> np.ndarray:
     return np.array([tile.mean() for band in bands for tile in np.array_split(band, 4, axis=1) if tile.size])
 
 
-def fit_tone(source_n3: np.ndarray, result_n3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_tone(source_n3: np.ndarray, result_n3: np.ndarray) -> np.ndarray:
     """The one quadratic colour transform that explains most of a result. Robust: outliers fade out.
 
     Args:
