@@ -5,6 +5,7 @@ it the finer it is. The decodings show no detail finer than the image tokenizer'
 extrapolated: from how the gain changes from coarse to fine. Everything is in the model's pixels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,6 +129,12 @@ def _areas(change: ChangeMap) -> np.ndarray:
     return labels
 
 
+def _each(labels: np.ndarray) -> Iterator[tuple[tuple, np.ndarray]]:
+    """Every area: the index of its box in any planes (..., H, W), and bool where it is in the box."""
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
+        yield (..., *box), labels[box] == label
+
+
 def _tones(
     source: np.ndarray, result: np.ndarray, labels: np.ndarray, noise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,15 +147,14 @@ def _tones(
     gain = np.zeros((3, 3, *labels.shape), np.float32)
     for channel in range(3):
         gain[channel, channel] = 1
-    for label in range(1, labels.max() + 1):
-        inside = labels == label
-        colours = source[:, inside].T
-        transform = fit_tone(colours, result[:, inside].T)
-        tone[:, inside], gain[:, :, inside] = apply_tone(transform, colours).T, tone_gain(transform, colours)
+    for box, inside in _each(labels):
+        colours = source[box][:, inside].T
+        transform = fit_tone(colours, result[box][:, inside].T)
+        tone[box][:, inside], gain[box][:, :, inside] = apply_tone(transform, colours).T, tone_gain(transform, colours)
     rest = np.square(blur(result - tone, DETAIL)).mean(0)
-    for label in range(1, labels.max() + 1):
-        inside = labels == label
-        trust[inside] = np.clip(UNEXPLAINED - np.median(rest[inside]) / np.median(noise[inside]), 0, 1)
+    for box, inside in _each(labels):
+        explained = np.median(rest[box][inside]) / np.median(noise[box][inside])
+        trust[box][inside] = np.clip(UNEXPLAINED - explained, 0, 1)
     return tone, gain, trust
 
 
@@ -172,20 +178,19 @@ def _gains(
     detail, wanted = _finer(source, DETAIL), _finer(result, DETAIL)
     visible = [blur(x, FINE) for x in (detail, wanted)]
     ratios, left = np.ones(labels.shape, np.float32), np.ones(labels.shape, np.float32)
-    for label in range(1, labels.max() + 1):
-        inside = labels == label
-        own = gain[:, :, inside]
-        expected = apply(own, visible[0][:, inside])
+    for box, inside in _each(labels):
+        own = gain[box][:, :, inside]
+        expected = apply(own, visible[0][box][:, inside])
         prior = noise * min(1, cell**2 / inside.sum())  # errors come a cell at a time
-        ratio = (np.mean(expected * visible[1][:, inside]) + prior) / (np.mean(np.square(expected)) + prior)
-        left[inside] = np.clip((ratio - REMOVED) / (KEPT - REMOVED), 0, 1)
+        ratio = (np.mean(expected * visible[1][box][:, inside]) + prior) / (np.mean(np.square(expected)) + prior)
+        left[box][inside] = np.clip((ratio - REMOVED) / (KEPT - REMOVED), 0, 1)
         # The decoded source has errors of its own, which draw a regression on it towards zero.
-        ratios[inside] = np.clip(ratio, KEPT, 1)
+        ratios[box][inside] = np.clip(ratio, KEPT, 1)
         own = own * np.clip(ratio, 1, SHARPENED)
-        drawn = wanted[:, inside]
-        rest = np.square(drawn - ratios[inside] * apply(own, detail[:, inside])).mean()
+        drawn = wanted[box][:, inside]
+        rest = np.square(drawn - ratios[box][inside] * apply(own, detail[box][:, inside])).mean()
         share = _explained(rest, np.square(drawn).mean(), noise)
-        gain[:, :, inside] = own * _trusting(np.square(share), trust[inside])
+        gain[box][:, :, inside] = own * _trusting(np.square(share), trust[box][inside])
     whole = wanted / ratios
     energy = np.square(wanted).mean(0)
     for sigma in (6.0, 2.5):
@@ -230,9 +235,8 @@ def _settle(result: np.ndarray, expected: np.ndarray, labels: np.ndarray, noise:
     """
     left = (result - expected).astype(np.float32)
     offset = np.zeros_like(left)
-    for label in range(1, labels.max() + 1):
-        inside = labels == label
-        offset[:, inside] = np.median(left[:, inside], axis=1, keepdims=True)
+    for box, inside in _each(labels):
+        offset[box][:, inside] = np.median(left[box][:, inside], axis=1, keepdims=True)
     for sigma in (12.0, 5.0, 2.0, 0.0):
         step = blur(left - offset, sigma) if sigma else left - offset
         energy = blur(np.square(step).mean(0), max(sigma, 1.0))
