@@ -15,7 +15,8 @@ def convert(
     image_tokenizer: Annotated[Path, typer.Option(help="Checkpoint of the tokenizer (VAE).", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
     text_encoder: Annotated[
-        str | None, typer.Option(help="Folder or hub name; without it, edits need prompt_embeds.", show_default=False)
+        str | None,
+        typer.Option(help="Folder or Hugging Face name; without it, edits need prompt_embeds.", show_default=False),
     ] = None,
     preset: Annotated[
         str | None,

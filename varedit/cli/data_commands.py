@@ -106,7 +106,8 @@ def pack(  # noqa: PLR0913 - one argument an option
         ),
     ] = None,
     text_encoder: Annotated[
-        str | None, typer.Option(help="For --features: another folder or hub name.", show_default="the model's")
+        str | None,
+        typer.Option(help="For --features: another folder or Hugging Face name.", show_default="the model's"),
     ] = None,
     feature_size: Annotated[
         list[int] | None, typer.Option(help="For --features: size classes to train at.", show_default="--size")

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 _MODELS = "the model's"
 
-Model = Annotated[str | None, typer.Option(help="Model folder or hub name.", show_default="the model in the package")]
+Model = Annotated[
+    str | None, typer.Option(help="Model folder or Hugging Face name.", show_default="the model in the package")
+]
 GuidanceScale = Annotated[
     float | None, typer.Option(help="How strongly to follow the instruction; 1 is off.", show_default=_MODELS)
 ]

@@ -129,7 +129,7 @@ def _areas(change: ChangeMap) -> np.ndarray:
     return labels
 
 
-def _each(labels: np.ndarray) -> Iterator[tuple[tuple, np.ndarray]]:
+def _boxes(labels: np.ndarray) -> Iterator[tuple[tuple, np.ndarray]]:
     """Every area: the index of its box in any planes (..., H, W), and bool where it is in the box."""
     for label, box in enumerate(ndimage.find_objects(labels), 1):
         yield (..., *box), labels[box] == label
@@ -147,12 +147,12 @@ def _tones(
     gain = np.zeros((3, 3, *labels.shape), np.float32)
     for channel in range(3):
         gain[channel, channel] = 1
-    for box, inside in _each(labels):
+    for box, inside in _boxes(labels):
         colours = source[box][:, inside].T
         transform = fit_tone(colours, result[box][:, inside].T)
         tone[box][:, inside], gain[box][:, :, inside] = apply_tone(transform, colours).T, tone_gain(transform, colours)
     rest = np.square(blur(result - tone, DETAIL)).mean(0)
-    for box, inside in _each(labels):
+    for box, inside in _boxes(labels):
         explained = np.median(rest[box][inside]) / np.median(noise[box][inside])
         trust[box][inside] = np.clip(UNEXPLAINED - explained, 0, 1)
     return tone, gain, trust
@@ -178,7 +178,7 @@ def _gains(
     detail, wanted = _finer(source, DETAIL), _finer(result, DETAIL)
     visible = [blur(x, FINE) for x in (detail, wanted)]
     ratios, left = np.ones(labels.shape, np.float32), np.ones(labels.shape, np.float32)
-    for box, inside in _each(labels):
+    for box, inside in _boxes(labels):
         own = gain[box][:, :, inside]
         expected = apply(own, visible[0][box][:, inside])
         prior = noise * min(1, cell**2 / inside.sum())  # errors come a cell at a time
@@ -235,7 +235,7 @@ def _settle(result: np.ndarray, expected: np.ndarray, labels: np.ndarray, noise:
     """
     left = (result - expected).astype(np.float32)
     offset = np.zeros_like(left)
-    for box, inside in _each(labels):
+    for box, inside in _boxes(labels):
         offset[box][:, inside] = np.median(left[box][:, inside], axis=1, keepdims=True)
     for sigma in (12.0, 5.0, 2.0, 0.0):
         step = blur(left - offset, sigma) if sigma else left - offset

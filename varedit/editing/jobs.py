@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from varedit.editing.mask import Convention
 from varedit.image_reader import CODEC_ERRORS, ImageError
 from varedit.image_writer import encode_image
-from varedit.paths import is_hidden, leaves_folder
+from varedit.paths import leaves_folder, visible
 from varedit.pipeline import check_prompt, check_seed
 from varedit.scales import ScaleSchedule, nearest_schedule
 
@@ -79,10 +79,8 @@ def read_jobs(
         if instruction is None:
             raise ValueError(f"a folder of pictures ({str(source)!r}) needs --instruction; or give a CSV or JSON lines")
         try:
-            pictures = sorted(
-                path for path in source.iterdir()
-                if path.suffix.lower() in _PICTURES and path.is_file() and not is_hidden(path.relative_to(source))
-            )  # fmt: skip
+            found = visible(source.iterdir(), source)
+            pictures = [path for path in found if path.suffix.lower() in _PICTURES and path.is_file()]
         except OSError as error:
             raise ValueError(f"folder {str(source)!r} cannot be read ({error.strerror}); check permissions") from error
         rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(({"image": path.name} for path in pictures), 1)

@@ -15,7 +15,7 @@ from varedit.data.features import model_sha256, stored_facts
 from varedit.data.shards import is_packed
 from varedit.data.synthetic.sprites import emoji_font
 from varedit.data.synthetic.world import REVISION
-from varedit.paths import is_hidden
+from varedit.paths import visible
 from varedit.training.config import DataConfig, RunConfig
 from varedit.training.data import IndexedPairs, Pairs, WorldPairs, stream_seed
 from varedit.training.pair_index import check_pairs, load_entries, load_origin, pairs_origin, save_entries, scan
@@ -159,7 +159,7 @@ def _listing(folder: Path) -> str:
     """Digest of the names and sizes of a folder's files."""
     if not folder.is_dir():
         raise ValueError(f"data folder {str(folder)!r} is not there; give one that is, or leave it out")
-    files = (path for path in folder.rglob("*") if path.is_file() and not is_hidden(path.relative_to(folder)))
+    files = (path for path in visible(folder.rglob("*"), folder) if path.is_file())
     return _digest(sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files))
 
 
