@@ -12,7 +12,7 @@ Both trainings follow a schedule in wall-clock time, checkpoint every two minute
 when started again. Pairs are made on the fly by the procedural world, in native aspect ratios, so no pair is seen
 twice. `--start MODEL` goes on from a model's weights, of a trained editor best at a low rate (`--muon-lr 0.002`: a high
 one first undoes what was learned), and makes a shallower editor deeper; the shipped weights took several rounds
-(docs/model_card.md).
+(docs/default_model_training.md).
 `--objects` and `--photos` are folders of cut-outs and photographs; without them the world draws its own.
 """
 
@@ -35,9 +35,11 @@ from varedit.data.synthetic import Pair, World
 from varedit.image_processor import to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
 from varedit.model_folder import forget_origin, written_whole
+from varedit.next_scale import next_scales
 from varedit.pipeline import DEFAULT_MODEL, VAREditPipeline, load_pipeline
-from varedit.quantizer import encode_bits, patchify, teacher_forcing
+from varedit.quantizer import TeacherForcing, encode_bits, patchify, teacher_forcing
 from varedit.runtime import computes_bfloat16
+from varedit.sampling import Sampling
 from varedit.scales import ScaleSchedule, scale_schedule
 from varedit.text import encode_prompts, pad_text
 from varedit.training.grounding import Grounding, phrase_embeddings, phrase_rows
@@ -235,11 +237,29 @@ def grown(model: VAREditTransformer, name: str) -> VAREditTransformer:
     return deepen(model, EDITOR["num_blocks"])
 
 
+@torch.no_grad()
+def draw(
+    model: VAREditTransformer, schedule: ScaleSchedule, source_BChw: Tensor, text_BTF: Tensor, mask_BT: Tensor
+) -> list[Tensor]:
+    """Bits of every scale as the editor draws them by now, by the settings that it is used with."""
+    seeds_B = torch.randint(2**62, (len(source_BChw),))
+    with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
+        scales = next_scales(
+            model, schedule, TOKENIZER["patch_size"], source_BChw, text_BTF, mask_BT, seeds_B, Sampling(**DEFAULTS)
+        )
+        return [bits for bits, _ in scales]
+
+
+def joined(*parts: TeacherForcing) -> TeacherForcing:
+    return TeacherForcing(torch.cat([part.inputs_BLC for part in parts]), torch.cat([part.bits_BLC for part in parts]))
+
+
 @app.command()
 def editor(
     run: Run, minutes: float = 90, objects: Folder = None, photos: Folder = None, start: Start = None,
     batch_size: int = 32, seed: int = 1, edit_weight: float = 4.0, muon_lr: float = 0.015,
     decay: Annotated[float, typer.Option(min=0.01, max=1)] = 0.4,
+    own: Annotated[float, typer.Option(min=0, max=1, help="Share of the pairs seen with bits of its own.")] = 0.0,
     new_block: Annotated[list[int] | None, typer.Option(help="An added block, learns faster; repeatable.")] = None,
 ) -> None:  # fmt: skip
     """Train the editor on the frozen tokenizer's features and the frozen text encoder's states.
@@ -274,7 +294,12 @@ def editor(
         source_BChw, target_BChw = encode_batch(image_tokenizer, batch)
         text_BTF, mask_BT = text([wording(pair) for pair in batch.pairs])
         drop_B = torch.rand(len(source_BChw)) < 0.1
-        forced = teacher_forcing(target_BChw, batch.schedule, patch_size, max_flip=0.3)
+        num_own = round(len(source_BChw) * own)
+        own_bits = draw(model, batch.schedule, source_BChw[:num_own], text_BTF[:num_own], mask_BT[:num_own])
+        forced = joined(
+            teacher_forcing(target_BChw[:num_own], batch.schedule, patch_size, own_bits=own_bits),
+            teacher_forcing(target_BChw[num_own:], batch.schedule, patch_size, max_flip=0.3),
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
             logits = model(
                 batch.schedule, forced.inputs_BLC, source_BChw=source_BChw,
@@ -395,10 +420,11 @@ def evaluate(
 
 
 def report(rows: list[dict]) -> None:
-    """Means by edit type as a Markdown table on standard output."""
+    """Means by edit type as a Markdown table on standard output; at last those with nothing new but the picture."""
     typer.echo("| type | n | closer | half | median left | outside PSNR |\n|---|---|---|---|---|---|")
-    for name in [*sorted({row["type"] for row in rows}), "all"]:
-        part = [row for row in rows if name in ("all", row["type"])]
+    groups = {name: [row for row in rows if row["type"] == name] for name in sorted({row["type"] for row in rows})}
+    groups |= {"all": rows, "nothing new": [row for row in rows if not row["held_out"]]}
+    for name, part in ((name, part) for name, part in groups.items() if part):
         outside = [row["outside"] for row in part if row["outside"] is not None]
         means = [np.mean([row[key] for row in part]) for key in ("closer", "half")]
         median, psnr = np.median([row["left"] for row in part]), np.mean(outside) if outside else float("nan")

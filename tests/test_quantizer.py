@@ -270,6 +270,24 @@ def test_labels_are_the_clean_bits_of_what_the_flipped_canvas_lacks(schedule, pa
     assert num_flips > 0 and num_mended > 0
 
 
+@pytest.mark.parametrize(("schedule", "patch_size"), CASES)
+def test_with_bits_of_its_own_the_labels_are_what_its_canvas_lacks_of_the_target(schedule, patch_size):
+    features, other = random_features(schedule, patch_size), random_features(schedule, patch_size, seed=1)
+    own_bits, _ = encode_bits(other, schedule, patch_size)
+    forcing = teacher_forcing(features, schedule, patch_size, own_bits=own_bits)
+    canvas = empty_canvas(2, 6, schedule, patch_size)
+    for scale, label in enumerate(split_labels(forcing, schedule, patch_size)):
+        if scale:
+            part = forcing.inputs_BLC[:, schedule.offsets[scale] - 1 : schedule.offsets[scale + 1] - 1]
+            assert torch.equal(part, next_input(canvas, schedule, scale, patch_size))
+        assert torch.equal(label, residual_bits(features, canvas, schedule, scale, patch_size))
+        canvas = accumulate(canvas, own_bits[scale])
+    clean = teacher_forcing(features, schedule, patch_size)
+    assert not torch.equal(forcing.inputs_BLC, clean.inputs_BLC)
+    again = teacher_forcing(features, schedule, patch_size, own_bits=encode_bits(features, schedule, patch_size)[0])
+    assert torch.equal(again.inputs_BLC, clean.inputs_BLC) and torch.equal(again.bits_BLC, clean.bits_BLC)
+
+
 def test_flips_follow_the_generator_alone():
     schedule = scale_schedule(128)
     features = random_features(schedule, 1)

@@ -1,7 +1,6 @@
-"""VAREditPipeline: check inputs, encode, loop over scales, decode. The loop reads as the paper's figure."""
+"""VAREditPipeline: check inputs, encode, predict scale by scale, decode."""
 
 import logging
-import math
 import os
 import secrets
 import time
@@ -25,8 +24,9 @@ from varedit import quantizer
 from varedit._diffusers import check_text_encoder
 from varedit.image_processor import Fit, ImageInput, Prepared, prepare, to_pil
 from varedit.image_tokenizer import VAREditImageTokenizer
+from varedit.next_scale import next_scales
 from varedit.runtime import computes_bfloat16
-from varedit.sampling import guide, random_uniform, sample_bits
+from varedit.sampling import Sampling
 from varedit.scales import NUM_SCALES, Grid, ScaleSchedule
 from varedit.text import encode_prompts, pad_text
 from varedit.transformer import VAREditTransformer
@@ -103,23 +103,6 @@ class VAREditOutput(BaseOutput):
     bits: list[list[Tensor]]
     seeds: list[int]
     schedule: list[ScaleSchedule]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How bits are chosen: see the pipeline's call."""
-
-    guidance_scale: float
-    temperature: float
-    top_p: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale {self.guidance_scale} must be 0 or more; 1 switches guidance off")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature {self.temperature} must be 0 or more; 0 takes the likelier bit")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1; 1 keeps every choice")
 
 
 class VAREditPipeline(DiffusionPipeline):
@@ -304,38 +287,21 @@ class VAREditPipeline(DiffusionPipeline):
         """
         started = time.monotonic()
         device, patch_size = self._execution_device, self.image_tokenizer.config.patch_size
-        count = len(prepared)
-        seeds_B = seeds_B.to(device)
-        guided = sampling.guidance_scale != 1
         # One by one, here and in `_decode`: in a batch the last digit of a convolution can differ.
         features_BChw = torch.cat([self.image_tokenizer.encode(item.image_B3HW.to(device)) for item in prepared])
-        source_BChw = self._source(features_BChw, schedule)
         text_BTF, text_mask_BT = (part.to(device) for part in pad_text(texts))
-        drop_text_B = torch.zeros(count, dtype=torch.bool, device=device)
-        if guided:  # the unguided branch rides in the same batch: the same source, the instruction dropped
-            source_BChw, text_BTF, text_mask_BT = (torch.cat([x, x]) for x in (source_BChw, text_BTF, text_mask_BT))
-            drop_text_B = torch.cat([drop_text_B, ~drop_text_B])
-        cache = self.transformer(
-            schedule, source_BChw=source_BChw, text_BTF=text_BTF, text_mask_BT=text_mask_BT, drop_text_B=drop_text_B
-        )
-        num_code_bits = self.image_tokenizer.config.num_code_bits
-        canvas_BChw = quantizer.empty_canvas(count, num_code_bits, schedule, patch_size, device)
-        inputs_BlC, bits = None, []
-        for scale in range(schedule.num_scales):
-            if scale:
-                inputs_BlC = quantizer.next_input(canvas_BChw, schedule, scale, patch_size)
-                inputs_BlC = torch.cat([inputs_BlC, inputs_BlC]) if guided else inputs_BlC
-            logits_BlC2 = self.transformer(schedule, inputs_BlC, scale=scale, cache=cache)
-            if guided:
-                logits_BlC2 = guide(logits_BlC2[:count], logits_BlC2[count:], sampling.guidance_scale)
-            random_BlC = random_uniform(seeds_B, scale, *logits_BlC2.shape[1:3])
-            bits_BlC = sample_bits(logits_BlC2, random_BlC, sampling.temperature, sampling.top_p)
-            bits_BChw = quantizer.unpatchify(bits_BlC.float(), schedule.grids[scale], patch_size) > 0.5
-            if constrain_bits:  # outside a mask, for instance, the source's own bits
-                bits_BChw = constrain_bits(
-                    SampledScale(bits_BChw, canvas_BChw, features_BChw, schedule, scale, patch_size, indices)
-                )
-            canvas_BChw = quantizer.accumulate(canvas_BChw, bits_BChw)
+
+        def constrain(scale: int, bits_BChw: Tensor, canvas_BChw: Tensor) -> Tensor:
+            assert constrain_bits is not None
+            sampled = SampledScale(bits_BChw, canvas_BChw, features_BChw, schedule, scale, patch_size, indices)
+            return constrain_bits(sampled)
+
+        scales = next_scales(
+            self.transformer, schedule, patch_size, self._source(features_BChw, schedule), text_BTF, text_mask_BT,
+            seeds_B.to(device), sampling, constrain if constrain_bits else None,
+        )  # fmt: skip
+        bits = []
+        for scale, (bits_BChw, canvas_BChw) in enumerate(scales):
             bits.append(bits_BChw)
             if callback_on_scale:
                 preview = partial(self._decode, canvas_BChw, prepared)

@@ -138,12 +138,17 @@ def teacher_forcing(
     patch_size: int,
     max_flip: float = 0.0,
     generator: torch.Generator | None = None,
+    own_bits: Sequence[Tensor] | None = None,
 ) -> TeacherForcing:
     """Inputs and labels of all scales at once, with bitwise self-correction (Infinity, section 3.4).
 
     At each scale a strength is drawn uniformly from [0, max_flip] and that share of the bits put on the canvas is
     flipped. Labels are the clean bits of the residual left by the flipped canvas, so the model learns to mend
     mistakes made at coarser scales. Without flips the inputs equal those of sampling the same bits.
+
+    Args:
+        own_bits: of each scale, as `next_scales` gives them; these are put on the canvas in place of the target's.
+            The labels are still what the target lacks, so the model learns to mend the mistakes that it makes itself.
     """
     canvas_BChw = torch.zeros_like(features_BChw, dtype=torch.float32)
     inputs, labels = [], []
@@ -152,6 +157,8 @@ def teacher_forcing(
             inputs.append(next_input(canvas_BChw, schedule, scale, patch_size))
         bits_BChw = residual_bits(features_BChw, canvas_BChw, schedule, scale, patch_size)
         labels.append(patchify(bits_BChw.float(), patch_size) > 0.5)
+        if own_bits is not None:
+            bits_BChw = own_bits[scale]
         if max_flip > 0:
             bits_BChw = bitwise_self_correction(bits_BChw, max_flip, generator)
         canvas_BChw = accumulate(canvas_BChw, bits_BChw)

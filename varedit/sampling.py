@@ -3,6 +3,9 @@
 Everything here is a pure function. Each bit is its own two-way choice, so top-p has a closed form.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,23 @@ from varedit.runtime import computes_everything
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How bits are chosen: see the pipeline's call."""
+
+    guidance_scale: float
+    temperature: float
+    top_p: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale {self.guidance_scale} must be 0 or more; 1 switches guidance off")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} must be 0 or more; 0 takes the likelier bit")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1; 1 keeps every choice")
 
 
 def _signed(value: int) -> int:

@@ -62,7 +62,8 @@ def attention(  # noqa: PLR0913 - one argument an option
     from varedit.image_processor import load_image
     from varedit.image_writer import check_output, save_image
     from varedit.inspection import check_blocks, default_blocks, draw_attention, format_distance, inspect_attention
-    from varedit.pipeline import Sampling, check_prompt, check_seed
+    from varedit.pipeline import check_prompt, check_seed
+    from varedit.sampling import Sampling
     from varedit.scales import scale_schedule
 
     # Everything that can be refused is refused before the model is loaded.

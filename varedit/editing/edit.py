@@ -20,7 +20,8 @@ from varedit.editing.edit_kind import turn_alpha
 from varedit.editing.mask import TokenLock, changed_area, check_margin, grow, model_mask, selects
 from varedit.editing.preserve import Mode, preserve
 from varedit.image_processor import Fit, ImageInput, LoadedImage, Prepared, load_image, prepare, to_pil
-from varedit.pipeline import Sampling, ScaleStep, VAREditPipeline
+from varedit.pipeline import ScaleStep, VAREditPipeline
+from varedit.sampling import Sampling
 from varedit.scales import ScaleSchedule, scale_schedule
 
 Lock = Literal["mask", "two-pass", "off"]
