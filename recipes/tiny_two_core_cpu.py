@@ -250,8 +250,14 @@ def draw(
         return [bits for bits, _ in scales]
 
 
-def joined(*parts: TeacherForcing) -> TeacherForcing:
-    return TeacherForcing(torch.cat([part.inputs_BLC for part in parts]), torch.cat([part.bits_BLC for part in parts]))
+def force(target_BChw: Tensor, schedule: ScaleSchedule, own_bits: list[Tensor] | None, num_own: int) -> TeacherForcing:
+    """The first `num_own` pairs on canvases of the editor's own bits, the others on the target's with flips."""
+    patch_size, parts = TOKENIZER["patch_size"], []
+    if own_bits:
+        parts.append(teacher_forcing(target_BChw[:num_own], schedule, patch_size, own_bits=own_bits))
+    if num_own < len(target_BChw):
+        parts.append(teacher_forcing(target_BChw[num_own:], schedule, patch_size, max_flip=0.3))
+    return TeacherForcing.join(parts)
 
 
 @app.command()
@@ -286,7 +292,6 @@ def editor(
     optimizers = muon_and_adamw(parts, muon_lr, muon_lr / 10, prefix="transformer.blocks.", factors=factors)
     average = Average(dict(model.named_parameters()), AVERAGE_DECAY)
     progress = Progress(run, "editor", minutes, parts, optimizers, average)
-    patch_size = TOKENIZER["patch_size"]
     for batch in stream(objects, photos, batch_size, seed, progress.samples, EDITS):
         if progress.done:
             break
@@ -295,11 +300,9 @@ def editor(
         text_BTF, mask_BT = text([wording(pair) for pair in batch.pairs])
         drop_B = torch.rand(len(source_BChw)) < 0.1
         num_own = round(len(source_BChw) * own)
-        own_bits = draw(model, batch.schedule, source_BChw[:num_own], text_BTF[:num_own], mask_BT[:num_own])
-        forced = joined(
-            teacher_forcing(target_BChw[:num_own], batch.schedule, patch_size, own_bits=own_bits),
-            teacher_forcing(target_BChw[num_own:], batch.schedule, patch_size, max_flip=0.3),
-        )
+        inputs = source_BChw[:num_own], text_BTF[:num_own], mask_BT[:num_own]
+        own_bits = draw(model, batch.schedule, *inputs) if num_own else None
+        forced = force(target_BChw, batch.schedule, own_bits, num_own)
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
             logits = model(
                 batch.schedule, forced.inputs_BLC, source_BChw=source_BChw,

@@ -10,7 +10,6 @@ from varedit.editing.mask import (
     TokenLock,
     box_mask,
     changed_area,
-    free_cells,
     grow,
     image_mask,
     lock_bits,
@@ -185,19 +184,12 @@ def test_outside_the_mask_the_bits_are_forced_and_the_canvas_is_theirs():
         coverage = token_coverage(mask_HW, schedule, scale, patch_size)[None, None].expand_as(bits[scale])
         wanted = quantizer.residual_bits(features, running, schedule, scale, patch_size)
         assert torch.equal(bits[scale][coverage == 0], wanted[coverage == 0])
-        assert torch.equal(bits[scale][coverage == 1], free[scale][coverage == 1])
+        assert torch.equal(bits[scale][coverage > 0], free[scale][coverage > 0])
         running = quantizer.accumulate(running, bits[scale])
     _, source_canvas = quantizer.encode_bits(features, schedule, patch_size)
     error = (canvas - source_canvas).square().mean(1)[0]
     inside = quantizer.resize_area(mask_HW[None, None], tuple(error.shape))[0, 0]
-    assert error[inside == 0].mean() < 0.2 * error[inside == 1].mean()  # locked cells stay near the source
-
-
-def test_free_cells_grow_with_the_scale():
-    schedule = scale_schedule(128)
-    for scale in range(schedule.num_scales):
-        free = free_cells(torch.tensor([0.0, 1e-6, 0.2, 0.5, 1.0]), schedule, scale).tolist()
-        assert free == [False, scale == 4, scale >= 2, True, True]
+    assert error[inside == 0].mean() < 0.3 * error[inside == 1].mean()  # locked cells stay near the source
 
 
 def test_the_lock_of_the_call_forces_the_sources_bits_outside_and_frees_what_lies_inside():
@@ -218,7 +210,7 @@ def test_the_lock_of_the_call_forces_the_sources_bits_outside_and_frees_what_lie
     canvas = torch.zeros_like(features)
     for scale, part in enumerate(locked.bits[0]):
         bits = part.permute(2, 0, 1)[None].bool()
-        outside = ~free_cells(token_coverage(mask_HW, schedule, scale, patch_size), schedule, scale)
+        outside = token_coverage(mask_HW, schedule, scale, patch_size) == 0
         wanted = quantizer.residual_bits(features, canvas, schedule, scale, patch_size)
         assert torch.equal(bits[:, :, outside], wanted[:, :, outside])
         canvas = quantizer.accumulate(canvas, bits)

@@ -213,6 +213,17 @@ def test_a_new_block_that_there_is_not_is_refused(tmp_path):
 
 
 @needs_model
+@pytest.mark.parametrize("own", [0.0, 0.5, 1.0])
+def test_an_editor_goes_on_with_a_share_of_its_own_bits(tmp_path, own):
+    tiny_two_core_cpu.editor(tmp_path, minutes=1e-6, start=DEFAULT_MODEL, batch_size=2, own=own)
+    state = state_of(tmp_path, "editor")
+    assert (state["step"], state["samples"]) == (1, 2)
+    before = VAREditPipeline.from_pretrained(DEFAULT_MODEL, dtype=torch.float32).transformer.state_dict()
+    after = {name.removeprefix("transformer."): weight for name, weight in state["model"].items()}
+    assert all(not torch.equal(weight, after[name]) for name, weight in before.items() if name.endswith("fc1.weight"))
+
+
+@needs_model
 def test_a_run_is_exported_and_edits(tmp_path):
     torch.manual_seed(0)
     tokenizer, editor = tiny_two_core_cpu.TOKENIZER, tiny_two_core_cpu.EDITOR

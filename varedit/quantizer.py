@@ -131,6 +131,11 @@ class TeacherForcing:
     inputs_BLC: Tensor
     bits_BLC: Tensor
 
+    @classmethod
+    def join(cls, parts: Sequence["TeacherForcing"]) -> "TeacherForcing":
+        """One batch of several, all of one schedule."""
+        return cls(torch.cat([part.inputs_BLC for part in parts]), torch.cat([part.bits_BLC for part in parts]))
+
 
 def teacher_forcing(
     features_BChw: Tensor,

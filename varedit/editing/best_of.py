@@ -12,7 +12,7 @@ from PIL import Image
 from varedit import quantizer
 from varedit.editing.crop import cut
 from varedit.editing.edit import EditRequest, EditResult, Settings, apply_edits
-from varedit.editing.mask import free_cells, model_mask, token_coverage
+from varedit.editing.mask import model_mask, token_coverage
 from varedit.image_processor import ImageInput, load_image, prepare
 from varedit.pipeline import MAX_SEED, VAREditPipeline, check_seed
 from varedit.text import encode_prompts, pad_text
@@ -176,7 +176,7 @@ def _evidence(pipeline: VAREditPipeline, result: EditResult) -> float:
         log_p_BlC = F.logsigmoid(torch.where(bits_BlC, margin_BlC, -margin_BlC)).cpu().double()  # MPS has no float64
         gain_1lC = log_p_BlC[:1] - log_p_BlC[1:]
         if mask_HW is not None:
-            free_hw = free_cells(token_coverage(mask_HW, schedule, scale, patch_size), schedule, scale)
+            free_hw = token_coverage(mask_HW, schedule, scale, patch_size) > 0
             gain_1lC = gain_1lC * quantizer.patchify(free_hw.float().expand_as(bits_BChw), patch_size)
         total += float(gain_1lC.sum())
         canvas = quantizer.accumulate(canvas, bits_BChw)

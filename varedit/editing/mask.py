@@ -248,7 +248,10 @@ def lock_bits(
 
     A forced cell takes the bits of what the canvas still lacks of the source, so the canvas heads for the source
     whatever was put on it before; where every coarser scale was forced too, these are exactly the source's own bits.
-    Which cells are free is told by `free_cells`.
+
+    A cell is free as soon as the mask touches it, however large the cell: tone and layout are drawn at the coarse
+    scales, and the finer ones do not make up for what those were not allowed. What a coarse code changes beyond the
+    mask is taken back by the forced cells of the finer scales.
 
     Args:
         bits_BChw: bool, the bits sampled at this scale, on the tokenizer's grid (B, d, h_k, w_k).
@@ -260,19 +263,8 @@ def lock_bits(
         bool, the same shape as `bits_BChw`.
     """
     source_bits_BChw = quantizer.residual_bits(features_BChw, canvas_BChw, schedule, scale, patch_size)
-    free_Bhw = free_cells(coverage_Bhw, schedule, scale)
-    return torch.where(free_Bhw[:, None].to(bits_BChw.device), bits_BChw, source_bits_BChw)
-
-
-def free_cells(coverage_Bhw: Tensor, schedule: ScaleSchedule, scale: int) -> Tensor:
-    """Which cells of a scale the model may choose: bool, where the mask covers enough of a cell.
-
-    At the coarsest scale at least half, because its code reaches far outside the mask; at the finest any part, so that
-    nothing at the mask's border is clipped by the size of a cell; between them soon little, for what a coarse scale may
-    not change the finest ones cannot make up for. A full mask frees every cell, an empty one none.
-    """
-    needed = 0.5 * (1 - scale / max(schedule.num_scales - 1, 1)) ** 2
-    return (coverage_Bhw >= needed) & (coverage_Bhw > 0)
+    free_B1hw = (coverage_Bhw > 0)[:, None].to(bits_BChw.device)
+    return torch.where(free_B1hw, bits_BChw, source_bits_BChw)
 
 
 class TokenLock:

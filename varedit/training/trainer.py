@@ -150,16 +150,13 @@ class EditorTraining:
         patch_size, max_flip = self.image_tokenizer.config.patch_size, self.config.max_flip
         if max_flip == 0:
             return teacher_forcing(target_BChw, batch.schedule, patch_size)
-        each = [
+        return TeacherForcing.join([
             teacher_forcing(
                 features, batch.schedule, patch_size, max_flip,
                 torch.Generator().manual_seed(stream_seed("flips", self.config.seed, batch.step, position)),
             )
             for features, position in zip(target_BChw.split(1), batch.positions)
-        ]  # fmt: skip
-        return TeacherForcing(
-            torch.cat([item.inputs_BLC for item in each]), torch.cat([item.bits_BLC for item in each])
-        )
+        ])  # fmt: skip
 
     def _logits(self, schedule, forced: TeacherForcing, source_BChw, text_BTF, text_mask_BT, drop_text_B) -> Tensor:
         with autocast(self.config, self.processes.device):
