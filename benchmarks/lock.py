@@ -31,6 +31,7 @@ SEED = 61
 MARGIN = 6 / 128
 """Between what an edit of objects may change and the box asked for, as a share of the picture."""
 
+LOCKS = get_args(Lock)
 METRICS = ("success", "closer", "half")
 BATCH_SIZE = 25
 
@@ -114,15 +115,15 @@ def main(
     ]  # fmt: skip
     for name, cases in (("whole picture", whole_picture_cases(held_out)), ("objects", object_cases(held_out))):
         chosen, found = list(islice(cases, number)), dict[str, list[Verdict]]()
-        for lock in get_args(Lock):
+        for lock in LOCKS:
             found[lock] = judge(pipeline, chosen, lock)
             cells = []
             for metric in METRICS:
                 values, first = (
-                    np.array([getattr(verdict, metric) for verdict in found[key]], float) for key in (lock, "mask")
+                    np.array([getattr(verdict, metric) for verdict in found[key]], float) for key in (lock, LOCKS[0])
                 )
                 cell = f"{100 * values.mean():.1f}"
-                if lock != "mask":
+                if lock != LOCKS[0]:
                     added = bootstrap((100 * (values - first)).tolist(), f"{name} {metric}")
                     cell += f" ({added.mean:+.1f}; {added.low:+.1f} to {added.high:+.1f})"
                 cells.append(cell)

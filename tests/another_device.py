@@ -240,7 +240,11 @@ def edits(folder: Path) -> None:
             callback_on_scale=lambda step: previews.extend(step.preview()) or None,
         ).images  # fmt: skip
         images += pipeline(first, "blur it", seed=1, guidance_scale=1, top_p=0.9).images
-        for options in ({"mask": mask}, {"settings": Settings(lock="two-pass")}):
+        for options in (
+            {"mask": mask},
+            {"mask": mask, "settings": Settings(lock="mask")},
+            {"settings": Settings(lock="two-pass")},
+        ):
             images.append(apply_edit(pipeline, first, "blur it", seed=3, **options).image)
         images += [candidate.result.image for candidate in best_of(pipeline, first, "blur it", 2, seed=4)]
         inspection = inspect_attention(pipeline, first, "blur it", seed=5)

@@ -27,6 +27,7 @@ sys.path.append(str(BENCHMARKS))
 import bit_loss  # noqa: E402
 import gallery  # noqa: E402
 import image_tokenizer as image_tokenizer_script  # noqa: E402
+import lock  # noqa: E402
 import paraphrases  # noqa: E402
 import sweep  # noqa: E402
 
@@ -398,3 +399,16 @@ def test_a_reconstruction_is_what_its_bits_decode_to():
         bits, _ = encode_bits(features, schedule, patch_size)
         decoded = tokenizer.decode(decode_bits(bits, schedule, patch_size))
     assert np.array_equal(result, np.asarray(to_pil(decoded)[0]))
+
+
+# -- edits in an area
+
+
+def test_edits_in_an_area_are_right_inside_it_alone(held_out):
+    for cases in (lock.whole_picture_cases(held_out), lock.object_cases(held_out)):
+        for case in islice(cases, 5):
+            source, area = np.asarray(case.request.image), np.asarray(case.request.mask) > 0
+            assert case.answers and not case.check(case.request.image).closer
+            for answer in case.answers:
+                assert case.check(Image.fromarray(answer.target)).success
+                assert np.array_equal(answer.target[~area], source[~area]) and not (answer.mask & ~area).any()

@@ -219,7 +219,15 @@ def test_a_session_from_new_to_export(varedit, model, photo, tmp_path):
     ran = varedit("session", "new", folder, photo)
     assert ran.code == 0 and "90 x 60" in ran.out
     ran = varedit(
-        "session", "edit", folder, "paint it [bold]red[/]", "--box=10,10,30,30", "--seed=7", "--preserve=off", *model
+        "session",
+        "edit",
+        folder,
+        "paint it [bold]red[/]",
+        "--box=10,10,30,30",
+        "--seed=7",
+        "--preserve=off",
+        "--lock=mask",
+        *model,
     )
     assert ran.code == 0 and "step 1 from 0, seed 7" in ran.out and len(re.findall("^scale ", ran.err, re.M)) == 5
     assert varedit("session", "undo", folder).out.endswith("at step 0\n")

@@ -129,7 +129,7 @@ def test_a_mask_of_everything_locks_nothing(pipeline, picture):
 
 @torch.no_grad()
 def test_the_lock_is_in_the_bits_and_the_pixels(pipeline, picture):
-    locked = apply_edit(pipeline, picture, "blur", seed=3, mask=MASK)
+    locked = apply_edit(pipeline, picture, "blur", seed=3, mask=MASK, settings=Settings(lock="mask"))
     loose = apply_edit(pipeline, picture, "blur", seed=3, mask=MASK, settings=Settings(lock="off"))
     free = apply_edit(pipeline, picture, "blur", seed=3)
     assert all(torch.equal(*pair) for pair in zip(loose.bits, free.bits))
@@ -184,6 +184,28 @@ def test_an_exact_edit_without_a_mask_leaves_alone_what_it_did_not_change(obedie
     assert session.image().rgb.tobytes() == exact.image.tobytes() and not step.mask.exists()
 
 
+def test_an_edit_of_the_whole_picture_in_an_area_is_drawn_freely(obedient, monkeypatch):
+    image, area = scene(192, 128, (60, 40, 36, 30)), box_mask((20, 20, 100, 60), (192, 128))
+    inside = np.asarray(area) > 0
+
+    def edits(*locks: str) -> list[tuple]:
+        found = []
+        for lock in locks:
+            steps: list[ScaleStep] = []
+            request = EditRequest(image, "x", 1, area)
+            (result,) = apply_edits(obedient, [request], Settings(lock=lock), lambda step, to=steps: to.append(step))
+            assert np.array_equal(np.asarray(result.image)[~inside], np.asarray(image)[~inside])
+            found.append((result.image.tobytes(), result.held, result.change_map.kind, len(steps)))
+        return found
+
+    auto, held = edits("auto", "mask")
+    assert auto[:3] == held[:3] and auto[1] and auto[2] == "local" and (auto[3], held[3]) == (10, 5)
+    monkeypatch.setattr(obedient, "draw", lambda image: image.convert("L").convert("RGB"))
+    auto, free, held = edits("auto", "off", "mask")
+    assert auto == free and not auto[1] and auto[2] == "global" and auto[3] == 5
+    assert held[0] != free[0] and held[1]
+
+
 def test_a_second_pass_is_locked_to_what_the_first_one_changed(obedient):
     image = scene(192, 128, (60, 40, 36, 30))
     twice = apply_edit(obedient, image, "blue to red", seed=1, settings=Settings(lock="two-pass"))
@@ -232,7 +254,7 @@ def test_the_callback_hears_of_both_passes_in_terms_of_the_call(obedient):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lock": "tight"}, "lock 'tight' is unknown; use 'mask', 'two-pass' or 'off'"),
+        ({"lock": "tight"}, "lock 'tight' is unknown; use 'auto', 'mask', 'two-pass' or 'off'"),
         ({"crop": "on"}, "crop 'on' is unknown; use 'auto' or 'off'"),
         ({"mask_margin": -1}, "-1"),
         ({"mask_margin": 1.5}, "1.5"),
@@ -258,9 +280,9 @@ def test_what_was_recorded_before_there_was_a_lock_had_none():
 
 
 def test_bits_taken_from_the_source_are_no_evidence_of_an_instruction(pipeline, picture):
-    result = apply_edit(pipeline, picture, "blur", seed=3, mask=MASK)
+    result = apply_edit(pipeline, picture, "blur", seed=3, mask=MASK, settings=Settings(lock="mask"))
     everything, nothing = (replace(result, area=Image.new("L", SIZE, level)) for level in (255, 0))
-    found = instruction_evidence(pipeline, [result, everything, nothing, replace(result, area=None)])
+    found = instruction_evidence(pipeline, [result, everything, nothing, replace(result, held=False)])
     assert found[1] == found[3] and found[2] == 0 and found[0] not in (0, found[1])
 
 

@@ -53,7 +53,7 @@ def batch(  # noqa: PLR0913 - one argument an option
     fit: options.Fit = None,
     mask_convention: options.MaskConvention = "white",
     mask_margin: options.MaskMargin = 0,
-    lock: options.Lock = "mask",
+    lock: options.Lock = "auto",
     crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
     strength: options.Strength = 1.0,

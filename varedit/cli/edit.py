@@ -40,7 +40,7 @@ def edit(  # noqa: PLR0913 - one argument an option
     polygon: options.Polygon = None,
     mask_convention: options.MaskConvention = "white",
     mask_margin: options.MaskMargin = 0,
-    lock: options.Lock = "mask",
+    lock: options.Lock = "auto",
     crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
     strength: options.Strength = 1.0,
@@ -126,6 +126,9 @@ def describe(result: "EditResult") -> list[str]:
     if result.box is not None:
         left, top, right, bottom = result.box
         lines.append(f"edited by itself: the {right - left} x {bottom - top} pixels at {left},{top}")
+    whole = result.change_map is not None and result.change_map.kind == "global"
+    if whole and result.area is not None and result.settings.lock == "auto" and not result.held:
+        lines.append("an edit of the whole picture: drawn freely, and put into the area alone")
     if result.motion is not None:
         motion = result.motion
         what = "put back" if result.aligned else "left so, since the edit is one of the whole picture"

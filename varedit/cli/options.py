@@ -44,8 +44,11 @@ MaskConvention = Annotated[
 ]
 MaskMargin = Annotated[int, typer.Option(help="Grow the area by so many pixels, so that nothing is cut off.")]
 Lock = Annotated[
-    Literal["mask", "two-pass", "off"],
-    typer.Option(help="Hold the tokens outside the area; two-pass: outside what a first pass changed."),
+    Literal["auto", "mask", "two-pass", "off"],
+    typer.Option(
+        help="Hold the tokens outside the area; auto: unless the edit is one of the whole picture, which a first pass "
+        "tells; two-pass: outside what a first pass changed."
+    ),
 ]
 Crop = Annotated[
     Literal["auto", "off"], typer.Option(help="Edit a small area of a large picture at the model's full size.")

@@ -41,7 +41,7 @@ def edit(  # noqa: PLR0913 - one argument an option
     size: options.Size = None,
     fit: options.Fit = None,
     mask_margin: options.MaskMargin = 0,
-    lock: options.Lock = "mask",
+    lock: options.Lock = "auto",
     crop: options.Crop = "auto",
     preserve: options.Preserve = "exact",
     strength: options.Strength = 1.0,

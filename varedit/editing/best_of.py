@@ -150,7 +150,8 @@ def _evidence(pipeline: VAREditPipeline, result: EditResult) -> float:
     assert result.settings.size is not None and result.settings.fit is not None
     prepared = prepare(cut(result.source, result.box), result.settings.size, result.settings.fit)
     mask_HW = None
-    if result.area is not None and result.settings.lock != "off":
+    if result.held:
+        assert result.area is not None
         mask_HW = model_mask(result.area if result.box is None else result.area.crop(result.box), prepared)
     source_BSC = quantizer.patchify(tokenizer.encode(prepared.image_B3HW.to(device)), patch_size)
     source_BChw = source_BSC.transpose(1, 2).unflatten(2, schedule.finest)

@@ -24,7 +24,7 @@ from varedit.pipeline import ScaleStep, VAREditPipeline
 from varedit.sampling import Sampling
 from varedit.scales import ScaleSchedule, scale_schedule
 
-Lock = Literal["mask", "two-pass", "off"]
+Lock = Literal["auto", "mask", "two-pass", "off"]
 Crop = Literal["auto", "off"]
 Callback = Callable[[ScaleStep], bool | None]
 
@@ -47,9 +47,11 @@ class Settings:
         preserve: "exact", "blend" or "off": see `preserve.preserve`.
         strength: of the preservation, 0 to 1.
         calibration: thresholds of the change map.
-        lock: "mask": outside the mask, if there is one, the source's bits are forced at every scale. "two-pass": so
-            they are in a second pass outside what the first one changed. "off": the model is free everywhere, and what
-            lies outside the mask is put back in pixels only.
+        lock: "mask": outside the mask, if there is one, the source's bits are forced at every scale. "auto": so they
+            are in a second pass, but where a first, free one makes an edit of the whole picture (tone, style, weather),
+            that one is taken: held to its surroundings it could not be drawn. "two-pass": the bits are forced in a
+            second pass outside what the first one changed. "off": the model is free everywhere. In every case what
+            lies outside the mask is put back in pixels.
         mask_margin: pixels by which the mask is grown on every side, so that nothing drawn in it is cut off.
         crop: "auto": where the mask (or what a first pass changed) is small in a large picture, the part around it is
             edited at the model's size, see `crop`. "off": always the whole.
@@ -63,7 +65,7 @@ class Settings:
     preserve: Mode = "exact"
     strength: float = 1.0
     calibration: Calibration = field(default_factory=Calibration)
-    lock: Lock = "mask"
+    lock: Lock = "auto"
     mask_margin: int = 0
     crop: Crop = "auto"
 
@@ -159,6 +161,7 @@ class EditResult:
         box: the part of the picture that was edited by itself; None is the whole.
         motion: by how much the model moved the picture by mistake, in pixels of the input; None where it did not.
         aligned: whether that was undone. It is not for edits of the whole picture.
+        held: whether the source's bits were forced outside `area`.
     """
 
     image: Image.Image
@@ -175,6 +178,7 @@ class EditResult:
     box: Box | None = None
     motion: Motion | None = None
     aligned: bool = False
+    held: bool = False
 
     @property
     def like(self) -> LoadedImage:
@@ -217,18 +221,18 @@ def apply_edits(
 ) -> list[EditResult]:
     """Edit several pictures in one call of the pipeline, which runs those of one schedule together.
 
-    With `lock="two-pass"` it is two calls, and the callback hears of both.
+    It is two calls with `lock="two-pass"`, and with "auto" where there is a mask; the callback hears of both.
     """
     if not requests:
         return []
     settings = (settings or Settings()).resolved(pipeline)
     tasks = [_task(request, settings) for request in requests]
-    drafts = _sample(pipeline, tasks, settings, callback_on_scale, range(len(tasks)))
-    if settings.lock == "two-pass":
-        second = {index: task for index, draft in enumerate(drafts) if (task := _second_task(draft, settings))}
-        redone = _sample(pipeline, list(second.values()), settings, callback_on_scale, list(second))
-        for index, draft in zip(second, redone):
-            drafts[index] = draft
+    held = settings.lock in ("mask", "two-pass")
+    drafts = _sample(pipeline, tasks, settings, callback_on_scale, range(len(tasks)), held)
+    second = {index: task for index, draft in enumerate(drafts) if (task := _second_task(draft, settings))}
+    redone = _sample(pipeline, list(second.values()), settings, callback_on_scale, list(second), held=True)
+    for index, draft in zip(second, redone):
+        drafts[index] = draft
     return [_compose(draft, settings) for draft in drafts]
 
 
@@ -259,6 +263,8 @@ class _Draft:
     change: ChangeMap | None
     motion: Motion | None
     aligned: bool
+    held: bool = False
+    holdable: bool = False
 
 
 def _task(request: EditRequest, settings: Settings) -> _Task:
@@ -278,8 +284,14 @@ def _task(request: EditRequest, settings: Settings) -> _Task:
 
 
 def _second_task(draft: _Draft, settings: Settings) -> _Task | None:
-    """A second pass over what the first one changed; None where it changed nothing, everything, or only outside."""
-    if draft.change is None or draft.change.kind != "local":
+    """What is left to a second pass; None where the first one will do.
+
+    With "auto" it is the same again, held to the source, unless the first was an edit of the whole picture or there is
+    nothing to hold. With "two-pass" it is what the first changed, unless that was nothing, everything, or only outside.
+    """
+    if settings.lock == "auto":
+        return draft.task if draft.holdable and draft.change and draft.change.kind != "global" else None
+    if settings.lock != "two-pass" or draft.change is None or draft.change.kind != "local":
         return None
     task = draft.task
     area = changed_area(draft.change.hard_HW, (task.source.width, task.source.height), SECOND_PASS_MARGIN)
@@ -301,10 +313,12 @@ def _sample(
     settings: Settings,
     callback: Callback | None,
     indices: Sequence[int],
+    held: bool,
 ) -> list[_Draft]:
     """One pass: the model's bits for all tasks together, then each decoded and compared by itself.
 
-    By itself, since in a batch the last digit of a decoding can differ.
+    `held` forces the source's bits outside the areas. By itself, since in a batch the last digit of a decoding can
+    differ.
     """
     if not tasks:
         return []
@@ -312,7 +326,7 @@ def _sample(
     prepared = [prepare(cut(task.source, task.box), settings.size, settings.fit) for task in tasks]
     masks = [task.seen(task.area) for task in tasks]
     masks_HW = [None if mask is None else model_mask(mask, item) for mask, item in zip(masks, prepared)]
-    locked = settings.lock != "off" and any(mask_HW is not None for mask_HW in masks_HW)
+    locked = held and any(mask_HW is not None for mask_HW in masks_HW)
     output = pipeline(
         prepared,
         [task.request.prompt for task in tasks],
@@ -326,7 +340,7 @@ def _sample(
         constrain_bits=TokenLock(masks_HW) if locked else None,
         output_type="bits",
     )
-    return [_compare(pipeline, *parts, settings) for parts in zip(tasks, prepared, output.bits)]
+    return [_compare(pipeline, *parts, settings, held) for parts in zip(tasks, prepared, output.bits)]
 
 
 def _told(callback: Callback, tasks: Sequence[_Task], indices: Sequence[int]) -> Callback:
@@ -349,7 +363,7 @@ def _whole(task: _Task, part: Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def _compare(
-    pipeline: VAREditPipeline, task: _Task, prepared: Prepared, bits: list[Tensor], settings: Settings
+    pipeline: VAREditPipeline, task: _Task, prepared: Prepared, bits: list[Tensor], settings: Settings, held: bool
 ) -> _Draft:
     """Decode, find what changed, and put a slipped picture back."""
     tokenizer = pipeline.image_tokenizer
@@ -371,8 +385,9 @@ def _compare(
 
     change, motion, aligned = compared(decoded), None, False
     area = task.seen(task.area)
-    # By the source's own bits: it cannot slip. An area of everything holds nothing.
-    held = area is not None and settings.lock != "off" and bool((model_mask(area, prepared) <= 0).any())
+    # An area of everything holds nothing. What is held by the source's own bits cannot slip.
+    holdable = area is not None and bool((model_mask(area, prepared) <= 0).any())
+    held = held and holdable
     if not held and change.kind != "none" and change.orientation == "same":
         motion = find_slip(source_decoded, decoded, prepared)
     if motion is not None:
@@ -381,7 +396,7 @@ def _compare(
         if without.kind != "global":  # a slip alone can look like one, so this is asked of the picture without it
             decoded, change, aligned = straight, without, True
         motion = in_source_pixels(motion, prepared)
-    return _Draft(task, prepared, bits, decoded, change, motion, aligned)
+    return _Draft(task, prepared, bits, decoded, change, motion, aligned, held, holdable)
 
 
 def _compose(draft: _Draft, settings: Settings) -> EditResult:
@@ -413,6 +428,7 @@ def _compose(draft: _Draft, settings: Settings) -> EditResult:
         box=box,
         motion=draft.motion,
         aligned=draft.aligned,
+        held=draft.held,
     )
 
 
