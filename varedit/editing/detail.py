@@ -54,7 +54,7 @@ GREY, VIVID, TINT, FOLLOWS = 5.5, 13.0, 4.0, 0.13
 """What a grey result may have of colour: root mean square and 99th percentile, as a common tint, and of the source's
 colours as a share of them.
 
-Black and white done as asked has less, drawn by the default model in two of three cases; rain, night, sepia and what
+Black and white done as asked has less, drawn by the default model in eight of nine cases; rain, night, sepia and what
 else keeps some colour has more. Where it has more, nothing is lost but certainty.
 """
 
