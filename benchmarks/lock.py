@@ -1,4 +1,4 @@
-"""Edits in an area, with the model held to the source outside it and with the model free.
+"""Edits in an area, by how the model is held to the source outside it (`varedit edit --lock`).
 
     python benchmarks/lock.py --objects DIR --photos DIR --output benchmarks/results/lock.md
 
@@ -32,6 +32,7 @@ MARGIN = 6 / 128
 """Between what an edit of objects may change and the box asked for, as a share of the picture."""
 
 LOCKS = get_args(Lock)
+TURNS = ("mirror", "upside_down")
 METRICS = ("success", "closer", "half")
 BATCH_SIZE = 25
 
@@ -53,11 +54,11 @@ class AreaCase:
 
 
 def whole_picture_cases(held_out: HeldOut) -> Iterator[AreaCase]:
-    """Tone, weather and style, each in a rectangle of its own; endless."""
+    """Tone, weather and style, each in a rectangle of its own; endless. No mirrored or turned pictures."""
     for index in count():
         pair = held_out.pair(index)
         height, width = pair.mask.shape
-        if not pair.mask.all():
+        if not pair.mask.all() or any(operation["name"] in TURNS for operation in pair.target_scene["edit"]):
             continue
         rng = np.random.default_rng((SEED, index))
         share, stretch = rng.uniform(1 / 8, 1 / 2), np.exp(rng.uniform(-0.5, 0.5))

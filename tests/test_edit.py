@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
 from varedit import quantizer
-from varedit.editing.best_of import instruction_evidence
+from varedit.editing.best_of import instruction_evidence, stray_changes
 from varedit.editing.change_map import ChangeMap
 from varedit.editing.edit import (
     SECOND_PASS_MARGIN,
@@ -123,7 +123,8 @@ def far_from(change: ChangeMap, size: tuple[int, int]) -> np.ndarray:
 
 def test_a_mask_of_everything_locks_nothing(pipeline, picture):
     free = apply_edit(pipeline, picture, "blur", seed=3, settings=WHOLE)
-    masked = apply_edit(pipeline, picture, "blur", seed=3, mask=Image.new("L", SIZE, 255), settings=WHOLE)
+    held = replace(WHOLE, lock="mask")
+    masked = apply_edit(pipeline, picture, "blur", seed=3, mask=Image.new("L", SIZE, 255), settings=held)
     assert_same(masked, free)
 
 
@@ -195,15 +196,38 @@ def test_an_edit_of_the_whole_picture_in_an_area_is_drawn_freely(obedient, monke
             request = EditRequest(image, "x", 1, area)
             (result,) = apply_edits(obedient, [request], Settings(lock=lock), lambda step, to=steps: to.append(step))
             assert np.array_equal(np.asarray(result.image)[~inside], np.asarray(image)[~inside])
-            found.append((result.image.tobytes(), result.held, result.change_map.kind, len(steps)))
+            found.append((result.image.tobytes(), result.released, result.change_map.kind, len(steps)))
         return found
 
     auto, held = edits("auto", "mask")
-    assert auto[:3] == held[:3] and auto[1] and auto[2] == "local" and (auto[3], held[3]) == (10, 5)
+    assert auto[:3] == held[:3] and not auto[1] and auto[2] == "local" and (auto[3], held[3]) == (10, 5)
     monkeypatch.setattr(obedient, "draw", lambda image: image.convert("L").convert("RGB"))
     auto, free, held = edits("auto", "off", "mask")
-    assert auto == free and not auto[1] and auto[2] == "global" and auto[3] == 5
-    assert held[0] != free[0] and held[1]
+    assert (auto[0], *auto[2:]) == (free[0], *free[2:]) and auto[1] and auto[2] == "global" and auto[3] == 5
+    assert held[0] != free[0] and not held[1]
+    monkeypatch.setattr(obedient, "draw", ImageOps.mirror)  # the area would hold what came from elsewhere
+    auto, held = edits("auto", "mask")
+    assert auto[0] == held[0] and not auto[1]
+
+
+def test_in_one_call_some_are_held_some_released_and_some_have_no_area(obedient, monkeypatch):
+    def draw(image: Image.Image) -> Image.Image:
+        return recoloured(image) if image.width > image.height else image.convert("L").convert("RGB")
+
+    monkeypatch.setattr(obedient, "draw", draw)
+    wide, tall = scene(192, 128, (60, 40, 36, 30)), scene(128, 192, (60, 40, 36, 30))
+    requests = [
+        EditRequest(wide, "x", 1),
+        EditRequest(tall, "x", 2, box_mask((20, 20, 80, 100), tall.size)),
+        EditRequest(wide, "x", 3, box_mask((20, 20, 100, 60), wide.size)),
+    ]
+    heard: list[tuple[int, ...]] = []
+    results = apply_edits(obedient, requests, Settings(), lambda step: heard.append(step.indices))
+    assert [result.released for result in results] == [False, True, False]
+    assert sorted(set(heard)) == [(0, 2), (1,), (2,)] and heard.count((2,)) == 5
+    for request, result in zip(requests, results):
+        single = apply_edit(obedient, request.image, request.prompt, seed=request.seed, mask=request.mask)
+        assert_same(result, single)
 
 
 def test_a_second_pass_is_locked_to_what_the_first_one_changed(obedient):
@@ -282,8 +306,18 @@ def test_what_was_recorded_before_there_was_a_lock_had_none():
 def test_bits_taken_from_the_source_are_no_evidence_of_an_instruction(pipeline, picture):
     result = apply_edit(pipeline, picture, "blur", seed=3, mask=MASK, settings=Settings(lock="mask"))
     everything, nothing = (replace(result, area=Image.new("L", SIZE, level)) for level in (255, 0))
-    found = instruction_evidence(pipeline, [result, everything, nothing, replace(result, held=False)])
+    found = instruction_evidence(pipeline, [result, everything, nothing, replace(result, area=None)])
     assert found[1] == found[3] and found[2] == 0 and found[0] not in (0, found[1])
+
+
+def test_what_a_released_edit_changed_outside_its_area_is_not_astray(obedient, monkeypatch):
+    monkeypatch.setattr(obedient, "draw", lambda image: image.convert("L").convert("RGB"))
+    image, area = scene(192, 128, (60, 40, 36, 30)), box_mask((20, 20, 100, 60), (192, 128))
+    released, free = (
+        apply_edit(obedient, image, "x", seed=1, mask=area, settings=Settings(lock=lock)) for lock in ("auto", "off")
+    )
+    assert released.released and released.change_map.stray == free.change_map.stray > 0.5
+    assert stray_changes([released, free]) == [0.0, free.change_map.stray]
 
 
 # -- crop, edit, stitch

@@ -214,8 +214,16 @@ def test_a_new_block_that_there_is_not_is_refused(tmp_path):
 
 @needs_model
 @pytest.mark.parametrize("own", [0.0, 0.5, 1.0])
-def test_an_editor_goes_on_with_a_share_of_its_own_bits(tmp_path, own):
+def test_an_editor_goes_on_with_a_share_of_its_own_bits(tmp_path, monkeypatch, own):
+    shares, teacher_forcing = [], tiny_two_core_cpu.teacher_forcing
+
+    def watched(target_BChw, *arguments, own_bits=None, **options):
+        shares.append((len(target_BChw), own_bits is not None))
+        return teacher_forcing(target_BChw, *arguments, own_bits=own_bits, **options)
+
+    monkeypatch.setattr(tiny_two_core_cpu, "teacher_forcing", watched)
     tiny_two_core_cpu.editor(tmp_path, minutes=1e-6, start=DEFAULT_MODEL, batch_size=2, own=own)
+    assert shares == {0.0: [(2, False)], 0.5: [(1, True), (1, False)], 1.0: [(2, True)]}[own]
     state = state_of(tmp_path, "editor")
     assert (state["step"], state["samples"]) == (1, 2)
     before = VAREditPipeline.from_pretrained(DEFAULT_MODEL, dtype=torch.float32).transformer.state_dict()

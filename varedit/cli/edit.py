@@ -126,8 +126,7 @@ def describe(result: "EditResult") -> list[str]:
     if result.box is not None:
         left, top, right, bottom = result.box
         lines.append(f"edited by itself: the {right - left} x {bottom - top} pixels at {left},{top}")
-    whole = result.change_map is not None and result.change_map.kind == "global"
-    if whole and result.area is not None and result.settings.lock == "auto" and not result.held:
+    if result.released:
         lines.append("an edit of the whole picture: drawn freely, and put into the area alone")
     if result.motion is not None:
         motion = result.motion

@@ -47,7 +47,7 @@ Lock = Annotated[
     Literal["auto", "mask", "two-pass", "off"],
     typer.Option(
         help="Hold the tokens outside the area; auto: unless the edit is one of the whole picture, which a first pass "
-        "tells; two-pass: outside what a first pass changed."
+        "tells (twice the time); two-pass: outside what a first pass changed."
     ),
 ]
 Crop = Annotated[

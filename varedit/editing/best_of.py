@@ -109,15 +109,16 @@ def stray_changes(results: Sequence[EditResult]) -> list[float]:
     """Share of the picture that each edit changed astray.
 
     With a mask, what the model changed outside it (it was put back, but an edit that tried may be cut off at the
-    border). Without one nobody knows what should have changed, so the candidates vote: astray is what fewer than half
-    of them changed. Two candidates cannot outvote each other, and without change maps there is no vote: then all is 0.
+    border); nothing where it was free to, see `EditResult.released`. Without one nobody knows what should have changed,
+    so the candidates vote: astray is what fewer than half of them changed. Two candidates cannot outvote each other,
+    and without change maps there is no vote: then all is 0.
     """
     maps = [result.change_map for result in results]
     if any(change is None for change in maps):
         return [0.0] * len(results)
     known = [change for change in maps if change is not None]
     if all(change.stray is not None for change in known):
-        return [float(change.stray or 0.0) for change in known]
+        return [0.0 if r.released else float(change.stray or 0.0) for r, change in zip(results, known)]
     changed = [_resized(change.hard_HW, known[0].hard_HW.shape) for change in known]
     votes = np.mean(changed, axis=0)
     return [float((changed_HW & (votes < 0.5)).mean()) for changed_HW in changed]
@@ -150,8 +151,7 @@ def _evidence(pipeline: VAREditPipeline, result: EditResult) -> float:
     assert result.settings.size is not None and result.settings.fit is not None
     prepared = prepare(cut(result.source, result.box), result.settings.size, result.settings.fit)
     mask_HW = None
-    if result.held:
-        assert result.area is not None
+    if result.area is not None and result.settings.lock != "off":
         mask_HW = model_mask(result.area if result.box is None else result.area.crop(result.box), prepared)
     source_BSC = quantizer.patchify(tokenizer.encode(prepared.image_B3HW.to(device)), patch_size)
     source_BChw = source_BSC.transpose(1, 2).unflatten(2, schedule.finest)

@@ -49,8 +49,8 @@ class Settings:
         calibration: thresholds of the change map.
         lock: "mask": outside the mask, if there is one, the source's bits are forced at every scale. "auto": so they
             are in a second pass, but where a first, free one makes an edit of the whole picture (tone, style, weather),
-            that one is taken: held to its surroundings it could not be drawn. "two-pass": the bits are forced in a
-            second pass outside what the first one changed. "off": the model is free everywhere. In every case what
+            that one is taken: held to its surroundings it is drawn badly or not at all. "two-pass": the bits are forced
+            in a second pass outside what the first one changed. "off": the model is free everywhere. In every case what
             lies outside the mask is put back in pixels.
         mask_margin: pixels by which the mask is grown on every side, so that nothing drawn in it is cut off.
         crop: "auto": where the mask (or what a first pass changed) is small in a large picture, the part around it is
@@ -161,7 +161,7 @@ class EditResult:
         box: the part of the picture that was edited by itself; None is the whole.
         motion: by how much the model moved the picture by mistake, in pixels of the input; None where it did not.
         aligned: whether that was undone. It is not for edits of the whole picture.
-        held: whether the source's bits were forced outside `area`.
+        released: with `lock="auto"`, whether the area's edit is one of the whole picture, which was not held.
     """
 
     image: Image.Image
@@ -178,7 +178,7 @@ class EditResult:
     box: Box | None = None
     motion: Motion | None = None
     aligned: bool = False
-    held: bool = False
+    released: bool = False
 
     @property
     def like(self) -> LoadedImage:
@@ -221,7 +221,7 @@ def apply_edits(
 ) -> list[EditResult]:
     """Edit several pictures in one call of the pipeline, which runs those of one schedule together.
 
-    It is two calls with `lock="two-pass"`, and with "auto" where there is a mask; the callback hears of both.
+    Where `lock` takes a second pass it is two calls, and the callback hears of both.
     """
     if not requests:
         return []
@@ -279,7 +279,7 @@ def _task(request: EditRequest, settings: Settings) -> _Task:
     mask = None if mask is None else grow(mask, settings.mask_margin)
     seed = secrets.randbelow(2**31) if request.seed is None else int(request.seed)
     task = _Task(request, source, seed, mask, mask)
-    # The first of two passes finds out where the edit goes, so it sees everything.
+    # Of "two-pass" the first finds out where the edit goes, so it sees everything.
     return task if settings.lock == "two-pass" else _cropped(task, settings)
 
 
@@ -287,10 +287,13 @@ def _second_task(draft: _Draft, settings: Settings) -> _Task | None:
     """What is left to a second pass; None where the first one will do.
 
     With "auto" it is the same again, held to the source, unless the first was an edit of the whole picture or there is
-    nothing to hold. With "two-pass" it is what the first changed, unless that was nothing, everything, or only outside.
+    nothing to hold. (In a mirrored or turned picture an area holds what came from elsewhere, so that is held too.)
+    With "two-pass" it is what the first changed, unless that was nothing, everything, or only outside.
     """
     if settings.lock == "auto":
-        return draft.task if draft.holdable and draft.change and draft.change.kind != "global" else None
+        assert draft.change is not None or not draft.holdable
+        whole = draft.change and (draft.change.kind, draft.change.orientation) == ("global", "same")
+        return draft.task if draft.holdable and not whole else None
     if settings.lock != "two-pass" or draft.change is None or draft.change.kind != "local":
         return None
     task = draft.task
@@ -428,7 +431,7 @@ def _compose(draft: _Draft, settings: Settings) -> EditResult:
         box=box,
         motion=draft.motion,
         aligned=draft.aligned,
-        held=draft.held,
+        released=settings.lock == "auto" and draft.holdable and not draft.held,
     )
 
 
