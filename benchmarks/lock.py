@@ -58,7 +58,7 @@ def whole_picture_cases(held_out: HeldOut) -> Iterator[AreaCase]:
     for index in count():
         pair = held_out.pair(index)
         height, width = pair.mask.shape
-        if not pair.mask.all() or any(operation["name"] in TURNS for operation in pair.target_scene["edit"]):
+        if not pair.mask.all() or any(operation.get("name") in TURNS for operation in pair.target_scene["edit"]):
             continue
         rng = np.random.default_rng((SEED, index))
         share, stretch = rng.uniform(1 / 8, 1 / 2), np.exp(rng.uniform(-0.5, 0.5))
