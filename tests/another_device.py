@@ -288,7 +288,8 @@ def offload(folder: Path) -> None:
 
 
 def scores(folder: Path) -> None:
-    """Scores of networks, and stored features, as on the CPU."""
+    """Scores of networks, and stored features, as on the CPU but for the last digit."""
+    from safetensors.torch import load
     from tiny_networks import tiny_clip, tiny_vit
 
     from varedit.data.features import FeatureEncoder
@@ -315,7 +316,11 @@ def scores(folder: Path) -> None:
     cpu = torch.device("cpu")
     with elsewhere(like_mps=True) as device:
         found, features = all_of(device), stored(device)
-    assert np.allclose(found, all_of(cpu), rtol=1e-5) and features == stored(cpu)
+    assert np.allclose(found, all_of(cpu), rtol=1e-5)
+    features, expected = load(features), load(stored(cpu))
+    assert features.keys() == expected.keys()
+    for name, values in features.items():
+        torch.testing.assert_close(values, expected[name], rtol=2**-10, atol=1e-6)
 
 
 def _losses(run: Path) -> list[float]:
