@@ -238,22 +238,19 @@ def grown(model: VAREditTransformer, name: str) -> VAREditTransformer:
 
 
 @torch.no_grad()
-def draw(
-    model: VAREditTransformer, schedule: ScaleSchedule, source_BChw: Tensor, text_BTF: Tensor, mask_BT: Tensor
-) -> list[Tensor]:
-    """Bits of every scale as the editor draws them by now, by the settings that it is used with."""
-    seeds_B = torch.randint(2**62, (len(source_BChw),))
-    with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
-        scales = next_scales(
-            model, schedule, TOKENIZER["patch_size"], source_BChw, text_BTF, mask_BT, seeds_B, Sampling(**DEFAULTS)
-        )
-        return [bits for bits, _ in scales]
-
-
-def force(target_BChw: Tensor, schedule: ScaleSchedule, own_bits: list[Tensor] | None, num_own: int) -> TeacherForcing:
-    """The first `num_own` pairs on canvases of the editor's own bits, the others on the target's with flips."""
-    patch_size, parts = TOKENIZER["patch_size"], []
-    if own_bits:
+def force(
+    model: VAREditTransformer, schedule: ScaleSchedule, source_BChw: Tensor, target_BChw: Tensor,
+    text_BTF: Tensor, mask_BT: Tensor, own: float,
+) -> TeacherForcing:  # fmt: skip
+    """Inputs and labels: a share of the pairs, the first ones, on canvases of bits that the editor draws by now, with
+    the settings that it is used with; the others on the target's own with flips.
+    """
+    patch_size, num_own, parts = TOKENIZER["patch_size"], round(len(source_BChw) * own), []
+    if num_own:
+        given = source_BChw[:num_own], text_BTF[:num_own], mask_BT[:num_own], torch.randint(2**62, (num_own,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
+            drawn = list(next_scales(model, schedule, patch_size, *given, Sampling(**DEFAULTS)))
+        own_bits = [bits for bits, _ in drawn]
         parts.append(teacher_forcing(target_BChw[:num_own], schedule, patch_size, own_bits=own_bits))
     if num_own < len(target_BChw):
         parts.append(teacher_forcing(target_BChw[num_own:], schedule, patch_size, max_flip=0.3))
@@ -299,10 +296,7 @@ def editor(
         source_BChw, target_BChw = encode_batch(image_tokenizer, batch)
         text_BTF, mask_BT = text([wording(pair) for pair in batch.pairs])
         drop_B = torch.rand(len(source_BChw)) < 0.1
-        num_own = round(len(source_BChw) * own)
-        inputs = source_BChw[:num_own], text_BTF[:num_own], mask_BT[:num_own]
-        own_bits = draw(model, batch.schedule, *inputs) if num_own else None
-        forced = force(target_BChw, batch.schedule, own_bits, num_own)
+        forced = force(model, batch.schedule, source_BChw, target_BChw, text_BTF, mask_BT, own)
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
             logits = model(
                 batch.schedule, forced.inputs_BLC, source_BChw=source_BChw,

@@ -196,15 +196,19 @@ def test_an_edit_of_the_whole_picture_in_an_area_is_drawn_freely(obedient, monke
             request = EditRequest(image, "x", 1, area)
             (result,) = apply_edits(obedient, [request], Settings(lock=lock), lambda step, to=steps: to.append(step))
             assert np.array_equal(np.asarray(result.image)[~inside], np.asarray(image)[~inside])
-            found.append((result.image.tobytes(), result.released, result.change_map.kind, len(steps)))
+            assert [step.second_pass for step in steps] == [False] * 5 + [True] * (len(steps) - 5)
+            found.append((result.image.tobytes(), result.released, result.change_map, len(steps)))
         return found
 
     auto, held = edits("auto", "mask")
-    assert auto[:3] == held[:3] and not auto[1] and auto[2] == "local" and (auto[3], held[3]) == (10, 5)
+    assert auto[:2] == held[:2] and not auto[1] and auto[2].kind == "local" and (auto[3], held[3]) == (10, 5)
     monkeypatch.setattr(obedient, "draw", lambda image: image.convert("L").convert("RGB"))
     auto, free, held = edits("auto", "off", "mask")
-    assert (auto[0], *auto[2:]) == (free[0], *free[2:]) and auto[1] and auto[2] == "global" and auto[3] == 5
+    assert auto[0] == free[0] and auto[1] and auto[3] == 5 and free[2].kind == "global"
     assert held[0] != free[0] and not held[1]
+    in_area = np.asarray(area.resize(free[2].hard_HW.shape[::-1], Image.Resampling.BOX)) > 0
+    assert np.array_equal(auto[2].hard_HW, free[2].hard_HW & in_area) and not auto[2].soft_HW[~in_area].any()
+    assert auto[2].kind == "local" and auto[2].area == auto[2].hard_HW.mean() and auto[2].stray == free[2].stray
     monkeypatch.setattr(obedient, "draw", ImageOps.mirror)  # the area would hold what came from elsewhere
     auto, held = edits("auto", "mask")
     assert auto[0] == held[0] and not auto[1]
@@ -436,6 +440,7 @@ def test_without_preservation_16_bits_hold_the_edit(pipeline):
     [
         Settings(),
         Settings(lock="off"),
+        Settings(lock="mask"),
         Settings(lock="two-pass", crop="off"),
         Settings(mask_margin=7, preserve="blend"),
     ],

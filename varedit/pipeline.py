@@ -53,6 +53,7 @@ class ScaleStep:
         indices: which images of the call this is about (images of one schedule are edited together).
         seconds: since the edit of these images began.
         preview: decodes the canvas so far; RGB images of the input's sizes, one an index.
+        second_pass: whether these images were drawn before, see the lock of `editing.edit.Settings`.
     """
 
     scale: int
@@ -61,6 +62,7 @@ class ScaleStep:
     indices: tuple[int, ...]
     seconds: float
     preview: Callable[[], list[Image.Image]]
+    second_pass: bool = False
 
 
 @dataclass(frozen=True)

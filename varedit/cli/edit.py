@@ -220,4 +220,5 @@ def report_scale(step: "ScaleStep") -> None:
     """One line a scale, on stderr."""
     height, width = step.grid
     number = f"{step.scale + 1}/{step.num_scales}".rjust(5)
-    typer.echo(f"scale {number}  {f'{width} x {height}':>9} tokens  {step.seconds:7.2f} s", err=True)
+    again = ", held to the source" if step.second_pass else ""
+    typer.echo(f"scale {number}  {f'{width} x {height}':>9} tokens  {step.seconds:7.2f} s{again}", err=True)

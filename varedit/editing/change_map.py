@@ -16,7 +16,7 @@ from torch import Tensor
 from varedit.editing.difference import HIGH_SHARE, SMOOTHING, Calibration, Difference, difference, rms, smoothed
 from varedit.editing.edit_kind import ORIENTATIONS, Kind, Orientation, classify
 
-__all__ = ["ORIENTATIONS", "Calibration", "ChangeMap", "calibrate", "change_map", "difference"]
+__all__ = ["ORIENTATIONS", "Calibration", "ChangeMap", "calibrate", "change_map", "difference", "within"]
 
 SMALLEST = 0.15
 """Smallest change kept, in cells: what one code can draw and a glance can see."""
@@ -166,6 +166,24 @@ def _thresholds(
 
 
 # ---------------------------------------------------------------- the map
+
+
+def within(change: ChangeMap, area: Image.Image) -> ChangeMap:
+    """The map of an edit that was put into an area alone; `difference` and `stray` stay those of what the model drew.
+
+    Args:
+        area: mode L, of the picture that the map is of.
+    """
+    inside_HW = np.asarray(area.resize(change.hard_HW.shape[::-1], Image.Resampling.BOX)) > 0
+    hard_HW = change.hard_HW & inside_HW
+    return replace(
+        change,
+        soft_HW=np.where(inside_HW, change.soft_HW, np.float32(0)),
+        hard_HW=hard_HW,
+        kind="local" if hard_HW.any() else "none",
+        area=float(hard_HW.mean()),
+        remainder_HW=hard_HW,
+    )
 
 
 def change_map(

@@ -14,7 +14,7 @@ from torch import Tensor
 from varedit import quantizer, sixteen_bit
 from varedit.alignment import Motion
 from varedit.editing.align import find_slip, in_source_pixels, put_back
-from varedit.editing.change_map import Calibration, ChangeMap, change_map
+from varedit.editing.change_map import Calibration, ChangeMap, change_map, within
 from varedit.editing.crop import Box, crop_box, cut, place_map, stitch
 from varedit.editing.edit_kind import turn_alpha
 from varedit.editing.mask import TokenLock, changed_area, check_margin, grow, model_mask, selects
@@ -152,7 +152,8 @@ class EditResult:
         source: the input as it was read.
         prompt, seed, mask: of the request; the seed that was drawn where it named none.
         settings: with no None left in it.
-        change_map: where the model changed the picture; None with preservation off and no mask.
+        change_map: where the model changed the picture, of a released edit in its area alone; None with preservation
+            off and no mask.
         bits: per scale, uint8 (h, w, d) on the image tokenizer's own grid.
         schedule: the grids of the edit.
         rgb16_HW3: the same as `image` at 16 bits a channel, uint16, where the input has them; else None.
@@ -230,7 +231,7 @@ def apply_edits(
     held = settings.lock in ("mask", "two-pass")
     drafts = _sample(pipeline, tasks, settings, callback_on_scale, range(len(tasks)), held)
     second = {index: task for index, draft in enumerate(drafts) if (task := _second_task(draft, settings))}
-    redone = _sample(pipeline, list(second.values()), settings, callback_on_scale, list(second), held=True)
+    redone = _sample(pipeline, list(second.values()), settings, callback_on_scale, list(second), True, second_pass=True)
     for index, draft in zip(second, redone):
         drafts[index] = draft
     return [_compose(draft, settings) for draft in drafts]
@@ -317,6 +318,7 @@ def _sample(
     callback: Callback | None,
     indices: Sequence[int],
     held: bool,
+    second_pass: bool = False,
 ) -> list[_Draft]:
     """One pass: the model's bits for all tasks together, then each decoded and compared by itself.
 
@@ -339,21 +341,22 @@ def _sample(
         top_p=settings.top_p,
         size=settings.size,
         fit=settings.fit,
-        callback_on_scale=_told(callback, tasks, indices) if callback else None,
+        callback_on_scale=_told(callback, tasks, indices, second_pass) if callback else None,
         constrain_bits=TokenLock(masks_HW) if locked else None,
         output_type="bits",
     )
     return [_compare(pipeline, *parts, settings, held) for parts in zip(tasks, prepared, output.bits)]
 
 
-def _told(callback: Callback, tasks: Sequence[_Task], indices: Sequence[int]) -> Callback:
+def _told(callback: Callback, tasks: Sequence[_Task], indices: Sequence[int], second_pass: bool) -> Callback:
     """The callback, told of a pass as of the whole call: its indices, and previews of whole pictures."""
 
     def told(step: ScaleStep) -> bool | None:
         def preview() -> list[Image.Image]:
             return [_whole(tasks[index], image) for index, image in zip(step.indices, step.preview())]
 
-        return callback(replace(step, indices=tuple(indices[index] for index in step.indices), preview=preview))
+        whole = tuple(indices[index] for index in step.indices)
+        return callback(replace(step, indices=whole, preview=preview, second_pass=second_pass))
 
     return told
 
@@ -416,6 +419,10 @@ def _compose(draft: _Draft, settings: Settings) -> EditResult:
         output = stitch(source, output, box)
         assert change is not None
         change = place_map(change, box, (source.width, source.height), task.grown_mask)
+    released = settings.lock == "auto" and draft.holdable and not draft.held
+    if released:
+        assert change is not None and task.grown_mask is not None
+        change = within(change, task.grown_mask)
     return EditResult(
         image=Image.fromarray(sixteen_bit.to_8_bit(output)) if isinstance(output, np.ndarray) else output,
         source=source,
@@ -431,7 +438,7 @@ def _compose(draft: _Draft, settings: Settings) -> EditResult:
         box=box,
         motion=draft.motion,
         aligned=draft.aligned,
-        released=settings.lock == "auto" and draft.holdable and not draft.held,
+        released=released,
     )
 
 
